@@ -1,0 +1,302 @@
+"""The commands: each parses its options, calls the public API, and hands the result to `render`.
+
+Exit codes: 0 all well, 1 a check failed or an export could not be made, 2 wrong usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.exceptions import Abort, ClickException
+
+import edgekit
+from edgekit.cli import render
+from edgekit.cli.console import Output
+from edgekit.errors import EdgekitError, InputError
+
+app = typer.Typer(
+    name="edgekit",
+    help="Take PyTorch models to phones and Jetsons, and prove that they arrived.",
+    epilog="Exit codes: 0 all well, 1 a check failed, 2 wrong usage or bad input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A .edge folder or a packed .edge.zip file.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Threads for one run. Default: one per core.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"edgekit {edgekit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take PyTorch models to phones and Jetsons, and prove that they arrived."""
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the models of the zoo with parameters, MACs, input size and weights."""
+    render.models(Output(as_json=as_json))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A zoo name, package.module:factory, or a .pt2 file.")],
+    target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:1x3x224x224, or 'NAME:Nx3x224x224 | 1..8' for a dynamic batch. Once per input."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights for a zoo model: a file, a folder, or 'random'.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="For int8: a folder of images, an .npz, 'digits', or 'random' (timing only).")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
+    preprocessing: Annotated[
+        Path | None, typer.Option(help="A JSON file that says how an image becomes the input (see the README).")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The bundle's name. Default: the model's.")] = None,
+    opset: Annotated[int | None, typer.Option(help="The ONNX opset. Default: 20.")] = None,
+    seed: Annotated[int, typer.Option(help="For random weights and sample inputs.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Refuse a bundle that differs from PyTorch.")
+    ] = True,
+    pack: Annotated[bool, typer.Option("--pack", help="Also write the bundle as one zip file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export MODEL to a bundle and check it against PyTorch."""
+    output = Output(as_json=as_json)
+    targets = [part.strip() for part in target.split(",") if part.strip()]
+    bundles = []
+    for each in targets:
+        with output.steps(f"export {model} to {each}") as step:
+            bundle = edgekit.export(
+                model,
+                each,
+                out,
+                precision=precision,
+                shapes=shape,
+                weights=weights,
+                calibration=calibration,
+                labels=_lines(labels),
+                preprocessing=_json_file(preprocessing),
+                name=name,
+                opset=opset,
+                seed=seed,
+                check=check,
+                progress=step,
+                overrides=_options(option),
+            )
+            bundles.append(bundle)
+            if pack:
+                step("pack")
+                bundles.append(bundle.pack())
+    render.exported(output, bundles)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    model: Annotated[
+        str | None, typer.Option(help="The PyTorch model. Default: rebuild what the manifest names.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="The weights file that the bundle was exported with.")] = None,
+    live: Annotated[
+        bool | None,
+        typer.Option("--live/--no-live", help="Compare with running PyTorch. Default: where it can be done."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled data for accuracy: 'digits', a folder of class folders, or an .npz.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare layer by layer; name the first bad one.")] = False,
+    inputs: Annotated[int, typer.Option(help="How many fresh inputs for the live comparison.")] = 4,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check that BUNDLE answers as PyTorch does: stored samples, live PyTorch, accuracy, layers."""
+    output = Output(as_json=as_json)
+    with output.steps(f"verify {bundle.name}") as step:
+        result = edgekit.verify(
+            bundle,
+            model=model,
+            weights=weights,
+            live=live,
+            data=data,
+            layers=layers,
+            inputs=inputs,
+            threads=threads,
+            progress=step,
+        )
+    render.verification(output, result)
+    if not result:
+        raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    bundle: BundlePath,
+    vs: Annotated[Path | None, typer.Option("--vs", help="A second bundle: measure both in turns and compare.")] = None,
+    on: Annotated[str, typer.Option(help="The device to measure on: local.")] = "local",
+    threads: Threads = None,
+    size: Annotated[list[str] | None, typer.Option(help="A dynamic dimension's size, such as N=4.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Timed runs. Default: until the median is precise.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Untimed runs first. Default: until the latency settles.")] = None,
+    max_seconds: Annotated[float, typer.Option(help="At most so long for the timed runs.")] = 5.0,
+    ops: Annotated[bool, typer.Option("--ops/--no-ops", help="Also time every op.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure BUNDLE: latency percentiles, throughput, memory, per-op times, and whether the timing is stable."""
+    output = Output(as_json=as_json)
+    with output.steps(f"profile {bundle.name}") as step:
+        step("warm up and measure" if vs is None else "warm up and measure in turns")
+        result = edgekit.profile(
+            bundle,
+            on=on,
+            vs=vs,
+            threads=threads,
+            sizes=_sizes(size),
+            runs=runs,
+            warmup=warmup,
+            max_seconds=max_seconds,
+            ops=ops,
+        )
+    render.measured(output, result)
+
+
+@app.command()
+def run(
+    bundle: BundlePath,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, or .npy/.npz arrays.")],
+    top: Annotated[int, typer.Option("--top", "-k", help="How many classes to show.")] = 5,
+    save: Annotated[Path | None, typer.Option(help="Also write the raw outputs to this .npz.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run BUNDLE on images (with its own preprocessing and labels) or on arrays."""
+    output = Output(as_json=as_json)
+    session = edgekit.load(bundle, threads=threads)
+    render.run(output, session, inputs, top=top, save=save)
+
+
+@app.command()
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """Show what is inside BUNDLE: inputs, outputs, ops, files with sizes and hashes, where it came from."""
+    render.inspect(Output(as_json=as_json), edgekit.Bundle.open(bundle))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what is installed, what is missing for which target, and the command that mends it."""
+    from edgekit.devices import diagnose
+
+    diagnosis = diagnose()
+    render.diagnosis(Output(as_json=as_json), diagnosis)
+    if any(check.status == "wrong" for check in diagnosis.checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Export, check, time and run a digit reader at three precisions, then SHViT-S1 at full size."""
+    from edgekit.cli.demo import demo as run_demo
+
+    if not run_demo(Output(as_json=as_json), out):
+        raise typer.Exit(1)
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """Run the command line on `arguments` (default: the process's) and return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=words, standalone_mode=False)
+    except EdgekitError as error:
+        return _fail(words, str(error), error.exit_code)
+    except ClickException as error:
+        return _fail(words, error.format_message(), 2, hint="edgekit --help")
+    except (Abort, KeyboardInterrupt):
+        print("edgekit: interrupted; nothing half-written was left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def _fail(words: list[str], message: str, code: int, hint: str | None = None) -> int:
+    print(f"edgekit: error: {message}" + (f"\nSee: {hint}" if hint else ""), file=sys.stderr)
+    if "--json" in words:
+        print(json.dumps({"error": message, "exit_code": code}))
+    return code
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the labels in {path}: {error}") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        raise InputError(f"{path} holds no labels; write one class name per line")
+    return labels
+
+
+def _json_file(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the JSON in {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not key.isidentifier() or not equals:
+            raise InputError(f"cannot read --option {pair!r}; write KEY=VALUE, such as num_classes=10")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _sizes(pairs: list[str] | None) -> dict[str, int] | None:
+    if not pairs:
+        return None
+    sizes = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if not value.isdigit():
+            raise InputError(f"cannot read --size {pair!r}; write NAME=NUMBER, such as N=4")
+        sizes[key] = int(value)
+    return sizes
