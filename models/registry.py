@@ -1,0 +1,195 @@
+"""The model zoo: entry points registered under their own names by the family files.
+
+A new model is a function with `@register_model(...)` in its family's file; a new family is a file and its name in
+`FAMILIES`. Importing this module does not import torch; looking up a model does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from edgekit.errors import EdgekitError, MissingDependencyError, UnknownNameError, WeightsError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from torch import nn
+
+FAMILIES = ("shvit", "care")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What a model wants to see: an image, and how to prepare it. The model takes float32 `[B, channels, size, size]`.
+
+    A photo is resized with `interpolation` so that its shorter side is `size / crop_pct`, cropped to the central
+    `size` x `size` pixels, scaled to 0..1, and normalised per channel with `mean` and `std` (RGB order, or gray).
+    """
+
+    name: str = "image"
+    channels: int = 3
+    size: int = 224
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered model.
+
+    `parameters` and `macs` (multiply-accumulates for one image of `input.size`) count the model as trained, before
+    `fuse`. `dataset` names the data that the shipped `weights` (a file in `models/pretrained`) were trained on.
+    """
+
+    name: str
+    family: str
+    factory: Callable[..., nn.Module]
+    input: ImageInput
+    num_classes: int
+    parameters: int
+    macs: int
+    paper: str
+    summary: str
+    dataset: str | None = None
+    weights: str | None = None
+    labels: tuple[str, ...] | None = None
+
+
+_ENTRIES: dict[str, ModelEntry] = {}
+Factory = TypeVar("Factory", bound="Callable[..., nn.Module]")
+
+
+def register_model(
+    *,
+    family: str,
+    input: ImageInput,
+    num_classes: int,
+    parameters: int,
+    macs: int,
+    paper: str,
+    summary: str,
+    dataset: str | None = None,
+    weights: str | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> Callable[[Factory], Factory]:
+    """Register the decorated function under its own name. Its keyword parameters are what `create_model` accepts.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(factory: Factory) -> Factory:
+        name = factory.__name__
+        if name in _ENTRIES:
+            raise ValueError(
+                f"model {name!r} is registered twice: by {_ENTRIES[name].factory.__module__} and now by "
+                f"{factory.__module__}; rename one"
+            )
+        _ENTRIES[name] = ModelEntry(
+            name, family, factory, input, num_classes, parameters, macs, paper, summary, dataset, weights, labels
+        )
+        return factory
+
+    return register
+
+
+def list_models() -> list[str]:
+    """The names of all models, sorted.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+    """
+    _import_families()
+    return sorted(_ENTRIES)
+
+
+def model_entry(name: str) -> ModelEntry:
+    """The entry of one model.
+
+    Raises:
+        UnknownNameError: no model has this name; the message proposes the nearest ones.
+        MissingDependencyError: torch is not installed.
+    """
+    _import_families()
+    if name not in _ENTRIES:
+        raise UnknownNameError("model", name, _ENTRIES)
+    return _ENTRIES[name]
+
+
+def create_model(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    **overrides: object,
+) -> nn.Module:
+    """Build a model in eval mode, on the CPU, in float32.
+
+    Args:
+        name: one of `list_models()`.
+        weights: a file, or a directory that holds one weights file. None: the shipped weights where the model has
+            them, otherwise the authors' initialisation. "random": always the initialisation.
+        seed: of the initialisation. The global random state is left as it was.
+        overrides: keyword parameters of the model's factory, such as `num_classes`, `in_chans`, `distillation`.
+
+    Raises:
+        UnknownNameError: no model has this name.
+        EdgekitError: an override that the model does not take; the message lists those it takes.
+        ShapeError: an override out of range.
+        WeightsError: the weights cannot be read or do not fit. It never falls back to random weights.
+    """
+    entry = model_entry(name)
+    accepted = inspect.signature(entry.factory).parameters
+    unknown = sorted(overrides.keys() - accepted.keys())
+    if unknown:
+        raise EdgekitError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(accepted)}")
+
+    changed = [key for key, value in overrides.items() if value != accepted[key].default]
+    if weights is None and entry.weights is not None and changed:
+        raise WeightsError(
+            f"the weights that ship with {name} do not fit a changed {', '.join(changed)}; "
+            f'pass a weights file, or weights="random" to start from the initialisation'
+        )
+
+    model = _initialised(entry, seed, overrides)
+    if weights is None and entry.weights is not None:
+        with resources.as_file(resources.files("edgekit.models") / "pretrained" / entry.weights) as path:
+            _load(model, path)
+    elif weights is not None and weights != "random":
+        _load(model, weights)
+    return model.eval()
+
+
+def _initialised(entry: ModelEntry, seed: int, overrides: dict[str, object]) -> nn.Module:
+    import torch
+
+    # Only the CPU generator is seeded, so only it has to be put back.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return entry.factory(**overrides)
+
+
+def _load(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    from edgekit.models.weights import load_weights
+
+    load_weights(model, path)
+
+
+@cache
+def _import_families() -> None:
+    try:
+        importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("torch", "export", "the model zoo") from error
+    for family in FAMILIES:
+        importlib.import_module(f"edgekit.models.{family}")
