@@ -1,0 +1,35 @@
+"""What goes into an app: open a bundle, run it, compare, profile. Needs numpy and onnxruntime, never torch.
+
+import edgekit.runtime as edge
+
+session = edge.load("shvit_digits-onnx.edge")
+session.predict("digit.png")                      # [Prediction(index=7, label='7', probability=0.99..., ...), ...]
+session.run({"image": array})                     # {"logits": array}
+"""
+
+from edgekit.runtime.bundle import Bundle, Samples
+from edgekit.runtime.compare import OutputComparison, compare_arrays, compare_outputs
+from edgekit.runtime.datasets import Dataset, load_dataset
+from edgekit.runtime.manifest import DimRange, Manifest, TensorSpec
+from edgekit.runtime.postprocess import Prediction, softmax, top_k
+from edgekit.runtime.preprocess import ImagePreprocessing
+from edgekit.runtime.session import Session, load
+
+__all__ = [
+    "Bundle",
+    "Dataset",
+    "DimRange",
+    "ImagePreprocessing",
+    "Manifest",
+    "OutputComparison",
+    "Prediction",
+    "Samples",
+    "Session",
+    "TensorSpec",
+    "compare_arrays",
+    "compare_outputs",
+    "load",
+    "load_dataset",
+    "softmax",
+    "top_k",
+]

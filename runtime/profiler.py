@@ -1,0 +1,370 @@
+"""How fast is a bundle on this machine, and can the figures be trusted?
+
+`profile` measures one bundle, `profile_pair` two in turns, which is the only fair way to compare: two separate runs
+differ by what the machine did in between. `edgekit.runtime.timing` says how many runs are made and how they are judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from edgekit.errors import InputError
+from edgekit.runtime import timing
+from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.op_times import NodeTime, OpTime, op_breakdown
+from edgekit.runtime.session import Array, Session, load, random_inputs
+from edgekit.runtime.system import (
+    Machine,
+    PeakMemory,
+    installed_version,
+    load_average,
+    measure_peak,
+    this_machine,
+    thread_count,
+)
+from edgekit.runtime.timing import Latency, Policy, Ratio, Series, Stability, Timer
+
+if TYPE_CHECKING:
+    import os
+
+SCHEMA = 1
+# The threads of a session go on spinning for up to about 90 ms after its last run and slow down whatever comes next.
+SPIN_MS = 100.0
+_OP_RUNS, _OP_MS, _MOST_SETTLING_RUNS = (3, 50), 1_000.0, 200
+
+InputSource = Literal["stored sample", "random"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of one bundle.
+
+    Attributes:
+        bundle, file: the bundle's name and its file or folder name.
+        started: UTC, ISO 8601.
+        threads: how many one run uses; counted where the backend chose, None where the system does not count.
+        inputs: the shapes that were run, by name; `input_source` says with which values.
+        runs, warmup_runs: timed and untimed runs; the first run, in `first_run_ms`, is one of the untimed.
+        latency_ms: statistics of the timed runs, milliseconds.
+        inferences_per_second, items_per_second: from the mean latency; an item is one entry of the batch.
+        load_ms, first_run_ms: milliseconds to load the model, and of the first run after.
+        memory: resident bytes that loading and the warm-up added at their peak.
+        model_bytes: the size of the model file.
+        ops, top_nodes: per op type and the costliest nodes, both by falling time; empty where they were not measured.
+        overhead_share: share of the median run outside the kernels; None where ops were not measured.
+    """
+
+    bundle: str
+    file: str
+    started: str
+    backend: str
+    threads: int | None
+    inputs: dict[str, tuple[int, ...]]
+    input_source: InputSource
+    runs: int
+    warmup_runs: int
+    latency_ms: Latency
+    inferences_per_second: float
+    items_per_second: float
+    load_ms: float
+    first_run_ms: float
+    memory: PeakMemory
+    model_bytes: int
+    ops: tuple[OpTime, ...]
+    top_nodes: tuple[NodeTime, ...]
+    overhead_share: float | None
+    stability: Stability
+    machine: Machine
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON. Every float is finite and has six significant digits."""
+        return {"schema": SCHEMA, **_plain(self)}
+
+
+@dataclass(frozen=True)
+class ProfileComparison:
+    """Two bundles measured in turns.
+
+    Attributes:
+        a, b: both profiles.
+        ratio: the median latency of b over that of a: above 1, a is faster.
+        rounds: how often both had a turn.
+        verdict: the result in one sentence.
+    """
+
+    a: Profile
+    b: Profile
+    ratio: Ratio
+    rounds: int
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON. Every float is finite and has six significant digits."""
+        return {"schema": SCHEMA, **_plain(self)}
+
+
+@runtime_checkable
+class TimesOps(Protocol):
+    """A session that can time its nodes; see `OnnxRuntimeSession.op_times`."""
+
+    def op_times(self, inputs: Mapping[str, Array], *, runs: int) -> list[dict[str, Any]]:
+        """One entry per node: `name`, `op`, `microseconds` (one per call of the node)."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A bundle that was loaded and warmed up."""
+
+    session: Session
+    inputs: dict[str, Array]
+    input_source: InputSource
+    threads: int | None
+    first_run_ms: float
+    warm: Series
+    memory: PeakMemory
+
+
+def profile(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    runs: int | None = None,
+    warmup: int | None = None,
+    min_seconds: float = 0.5,
+    max_seconds: float = 5.0,
+    ops: bool = True,
+) -> Profile:
+    """Measure a bundle on this machine.
+
+    Args:
+        bundle: a bundle's folder or packed file, or an opened `Bundle`.
+        backend: the name of a backend; None takes the first that fits the bundle's target.
+        threads: threads for one run; None leaves it to the backend.
+        sizes: values of symbolic dimensions, such as `{"N": 4}`. The bundle's first stored sample is run where it has
+            these sizes, else random values; dimensions not named here then take their smallest size.
+        runs: exactly so many timed runs; None: as many as a precise median needs.
+        warmup: exactly so many untimed runs, at least 1; None: until the latency has settled.
+        min_seconds, max_seconds: bounds on the time of the timed runs.
+        ops: also time every node, in a session of its own after the timed runs.
+
+    Raises:
+        InputError: counts or threads below 1, times that are not positive, or sizes that the bundle does not take.
+        BundleError: the bundle is damaged, unsafe or newer than this edgekit.
+        UnknownNameError: no such backend.
+    """
+    policy = Policy(runs, warmup, min_seconds, max_seconds)
+    opened = Bundle.open(bundle)
+    started, load_before = _now(), load_average()
+    with _no_garbage_collection():
+        subject = _prepare(opened, policy, backend, threads, sizes)
+        latencies = timing.measure(_timer(subject), policy)
+    return _report(subject, latencies, started, load_before, ops=ops)
+
+
+def profile_pair(
+    bundle_a: str | os.PathLike[str] | Bundle,
+    bundle_b: str | os.PathLike[str] | Bundle,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    runs: int | None = None,
+    warmup: int | None = None,
+    min_seconds: float = 0.5,
+    max_seconds: float = 5.0,
+    ops: bool = True,
+    seed: int = 0,
+) -> ProfileComparison:
+    """Measure two bundles in turns, in one process, and compare their medians.
+
+    Takes the arguments of `profile`, for both bundles; `runs` and the times are per bundle. `seed` draws the order of
+    the turns and the bootstrap's samples.
+
+    Raises:
+        InputError: as `profile`; also fewer than 8 runs (too few turns to compare), or bundles that take different
+            batches at these sizes.
+        BundleError, UnknownNameError: as `profile`.
+    """
+    policy = Policy(runs, warmup, min_seconds, max_seconds)
+    if runs is not None and runs < timing.MIN_ROUNDS:
+        raise InputError(f"runs must be at least {timing.MIN_ROUNDS} to compare two bundles, got {runs}")
+    opened = Bundle.open(bundle_a), Bundle.open(bundle_b)
+    started, load_before = _now(), load_average()
+    with _no_garbage_collection():
+        a = _prepare(opened[0], policy, backend, threads, sizes)
+        time.sleep(SPIN_MS / 1000)
+        b = _prepare(opened[1], policy, backend, threads, sizes)
+        if _batch(a) != _batch(b):
+            raise InputError(
+                f"{opened[0].name} runs batches of {_batch(a)} and {opened[1].name} of {_batch(b)}; choose sizes for "
+                f"which both are equal, else the latencies do not compare"
+            )
+        slower = max(float(np.median(subject.warm[-5:])) for subject in (a, b))
+        turns = timing.measure_in_turns(
+            (_timer(a), _timer(b)),
+            policy,
+            runs_per_turn=timing.runs_per_turn(slower, policy),
+            settle_ms=0.0 if a.threads == b.threads == 1 else SPIN_MS,
+            seed=seed,
+        )
+    profiles = [
+        _report(subject, np.concatenate(rounds), started, load_before, ops=ops)
+        for subject, rounds in zip((a, b), turns, strict=True)
+    ]
+    ratio = timing.ratio_of_medians(*turns, seed=seed)
+    verdict = timing.compare_medians(*_labels(*profiles), ratio)
+    if any(side.stability.verdict == "unstable" for side in profiles):
+        verdict += "; the timing is unstable: repeat on an idle machine"
+    return ProfileComparison(profiles[0], profiles[1], ratio, len(turns[0]), verdict)
+
+
+def choose_inputs(bundle: Bundle, sizes: Mapping[str, int] | None) -> tuple[dict[str, Array], InputSource]:
+    """The first stored sample where it has the asked `sizes` of symbolic dimensions, else seeded random inputs.
+
+    Raises `InputError` for an unknown dimension or a size outside its range.
+    """
+    wanted = dict(sizes or {})
+    for inputs, _ in bundle.samples():
+        found: dict[str, int] = {}
+        for spec in bundle.manifest.inputs:
+            shape = inputs[spec.name].shape if spec.name in inputs else ()
+            found |= {dim: size for dim, size in zip(spec.shape, shape, strict=False) if isinstance(dim, str)}
+        if wanted.items() <= found.items():
+            return inputs, "stored sample"
+        break
+    return random_inputs(bundle.manifest.inputs, bundle.manifest.dims, sizes=wanted), "random"
+
+
+def _prepare(
+    bundle: Bundle, policy: Policy, backend: str | None, threads: int | None, sizes: Mapping[str, int] | None
+) -> _Subject:
+    # A library's own memory and threads are no part of the session's: import it before anything is counted.
+    import edgekit.runtime.onnxruntime_backend  # noqa: F401
+
+    inputs, source = choose_inputs(bundle, sizes)
+
+    def start() -> tuple[Session, int | None, list[int]]:
+        before = thread_count()
+        session = load(bundle, backend=backend, threads=threads)
+        after = thread_count()
+        counted = None if before is None or after is None else 1 + max(0, after - before)
+        durations = timing.warm_up(_run_timer(session, inputs), policy)
+        return session, threads if threads is not None else counted, durations
+
+    (session, used, durations), memory = measure_peak(start)
+    warm = np.asarray(durations) / 1e6
+    return _Subject(session, inputs, source, used, float(warm[0]), warm, memory)
+
+
+def _report(subject: _Subject, latencies: Series, started: str, load_before: float | None, *, ops: bool) -> Profile:
+    latency, machine, bundle = timing.summarize(latencies), this_machine(), subject.session.bundle
+    op_times, top_nodes = _time_ops(subject, latency.p50) if ops else ((), ())
+    kernels = sum(item.ms_per_run for item in op_times)
+    return Profile(
+        bundle=bundle.name,
+        file=bundle.path.name,
+        started=started,
+        backend=subject.session.backend,
+        threads=subject.threads,
+        inputs={name: tuple(array.shape) for name, array in subject.inputs.items()},
+        input_source=subject.input_source,
+        runs=len(latencies),
+        warmup_runs=len(subject.warm),
+        latency_ms=latency,
+        inferences_per_second=1000 / latency.mean,
+        items_per_second=1000 * _batch(subject) / latency.mean,
+        load_ms=1000 * subject.session.load_seconds,
+        first_run_ms=subject.first_run_ms,
+        memory=subject.memory,
+        model_bytes=bundle.manifest.files[bundle.manifest.model_file].size,
+        ops=op_times,
+        top_nodes=top_nodes,
+        overhead_share=max(0.0, 1 - kernels / latency.p50) if op_times else None,
+        stability=timing.judge(latencies, load_average=load_before, cores=machine.cores_logical),
+        machine=machine,
+        versions={
+            "edgekit": installed_version("edgekit"),
+            "numpy": installed_version("numpy"),
+            "onnxruntime": installed_version("onnxruntime"),
+        },
+    )
+
+
+def _time_ops(subject: _Subject, typical_ms: float) -> tuple[tuple[OpTime, ...], tuple[NodeTime, ...]]:
+    """Time the nodes for about a second, after enough runs for the threads of other sessions to fall asleep."""
+    if not isinstance(subject.session, TimesOps):
+        return (), ()
+    skip = min(_MOST_SETTLING_RUNS, 1 + math.ceil(SPIN_MS / typical_ms))
+    fewest, most = _OP_RUNS
+    runs = skip + max(fewest, min(most, math.ceil(_OP_MS / typical_ms)))
+    return op_breakdown(subject.session.op_times(subject.inputs, runs=runs), runs=runs, skip=skip)
+
+
+def _timer(subject: _Subject) -> Timer:
+    return _run_timer(subject.session, subject.inputs)
+
+
+def _run_timer(session: Session, inputs: Mapping[str, Array]) -> Timer:
+    def run() -> int:
+        start = time.perf_counter_ns()
+        session.run(inputs)
+        return time.perf_counter_ns() - start
+
+    return run
+
+
+def _batch(subject: _Subject) -> int:
+    """The size of the first input's batch axis: N in its layout, the first axis where it has no layout."""
+    spec = subject.session.inputs[0]
+    shape = subject.inputs[spec.name].shape
+    axis = 0 if spec.layout is None else spec.layout.find("N")
+    return shape[axis] if 0 <= axis < len(shape) else 1
+
+
+def _labels(a: Profile, b: Profile) -> tuple[str, str]:
+    if a.bundle != b.bundle:
+        return a.bundle, b.bundle
+    return (a.file, b.file) if a.file != b.file else ("A", "B")
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect once, then keep Python's collector out of the timed runs; restores what was set."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts, tuples to lists, floats to six digits (None where not finite)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,155 @@
+"""Sessions: numpy in, numpy out, whatever runs underneath.
+
+`load` opens a bundle and picks the backend that fits its target. A backend is one file with a subclass of `Session`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import InputError, UnknownNameError
+from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.manifest import DimRange, TensorSpec
+from edgekit.runtime.postprocess import Prediction, top_k
+
+Array = NDArray[Any]
+
+
+class Session(ABC):
+    """A loaded model. `run` takes and gives arrays by name; `predict` goes from an image to labels.
+
+    Attributes:
+        bundle: where it came from.
+        inputs, outputs: the tensors, with dtypes and shapes.
+        backend: what runs it, such as `onnxruntime-cpu`.
+        threads: how many threads one run may use; None leaves it to the backend (its default: one per physical core).
+        load_seconds: the time that loading took.
+    """
+
+    backend: str
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        self.bundle = bundle
+        self.threads = threads
+        self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
+        self.load_seconds = 0.0
+        self._specs = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. Raises `InputError` where a name, dtype or shape is not what the manifest says."""
+        check_inputs(self._specs, inputs, self.bundle.manifest.dims)
+        return self._run(inputs)
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on inputs that were checked."""
+
+    def predict(self, image: Array | str | os.PathLike[str], *, k: int = 5) -> list[Prediction]:
+        """The k likeliest classes of one image: a path, or uint8 `[H, W]`, `[H, W, 3]` (RGB), `[H, W, 4]`.
+
+        Uses the bundle's own preprocessing and labels. Raises `InputError` where the bundle takes no image or gives
+        no class scores.
+        """
+        spec = self.inputs[0]
+        if spec.preprocessing is None or len(self.inputs) != 1:
+            raise InputError(
+                f"{self.bundle.name} has no image preprocessing in its manifest; run it on arrays with run({{...}}), "
+                f"it takes {', '.join(map(str, self.inputs))}"
+            )
+        outputs = self.run({spec.name: spec.preprocessing(image)})
+        scores = outputs[self.outputs[0].name]
+        if scores.ndim != 2:
+            raise InputError(f"{self.bundle.name} gives {self.outputs[0]}, which is no vector of class scores")
+        return top_k(scores[0], k, self.bundle.manifest.labels)
+
+    def random_inputs(self, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
+        """Standard normal inputs (integers: 0 and 1) of the manifest's shapes; symbolic sizes default to their minimum."""
+        return random_inputs(self.inputs, self.bundle.manifest.dims, seed=seed, sizes=sizes)
+
+
+def load(bundle: str | os.PathLike[str] | Bundle, *, backend: str | None = None, threads: int | None = None) -> Session:
+    """Load a bundle for running. Needs numpy and the backend alone, never torch.
+
+    Args:
+        bundle: a bundle's folder or packed file, or an opened `Bundle`.
+        backend: the name of a backend; None takes the first that fits the bundle's target.
+        threads: threads for one run; None leaves it to the backend.
+
+    Raises:
+        BundleError: the bundle is damaged, unsafe or newer than this edgekit.
+        UnknownNameError: no such backend.
+        MissingDependencyError: the backend's library is not installed.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
+    opened = Bundle.open(bundle if isinstance(bundle, Bundle) else Path(bundle))
+    if backend not in (None, "onnxruntime"):
+        raise UnknownNameError("backend", str(backend), ["onnxruntime"])
+    if opened.manifest.target not in ("onnx",):
+        raise UnknownNameError("target (of this bundle)", opened.manifest.target, ["onnx"])
+    from edgekit.runtime.onnxruntime_backend import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(opened, threads=threads)
+
+
+def check_inputs(
+    specs: Mapping[str, tuple[TensorSpec, np.dtype[Any]]], inputs: Mapping[str, Array], dims: Mapping[str, DimRange]
+) -> None:
+    """Raise `InputError` unless `inputs` has exactly the specified names, dtypes and shapes."""
+    if inputs.keys() != specs.keys():
+        wanted = ", ".join(str(spec) for spec, _ in specs.values())
+        raise InputError(f"expected the inputs {wanted}; got {', '.join(map(repr, inputs)) or 'none'}")
+    sizes: dict[str, int] = {}
+    for name, (spec, dtype) in specs.items():
+        array = inputs[name]
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"input {spec} must be a numpy array, got {type(array).__name__}; use numpy.asarray")
+        if array.dtype != dtype:
+            raise InputError(f"input {spec} got dtype {array.dtype}; use array.astype(numpy.{spec.dtype})")
+        if array.ndim != len(spec.shape):
+            raise InputError(f"input {spec} got an array of shape {list(array.shape)}: {array.ndim} axes")
+        for size, dim in zip(array.shape, spec.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise InputError(f"input {spec} got an array of shape {list(array.shape)}")
+            elif sizes.setdefault(dim, size) != size:
+                raise InputError(f"dimension {dim} is {sizes[dim]} in one place and {size} in {spec}")
+            elif size not in dims[dim]:
+                raise InputError(f"input {spec} got {dim}={size}; this bundle was exported for {dim} in {dims[dim]}")
+
+
+def random_inputs(
+    specs: tuple[TensorSpec, ...],
+    dims: Mapping[str, DimRange],
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Array]:
+    """Seeded inputs for `specs`: standard normal floats, integers drawn from 0 and 1.
+
+    Args:
+        sizes: values of symbolic dimensions; the others take their smallest value (at least 1).
+    """
+    generator = np.random.default_rng(seed)
+    chosen = {name: max(1, limits.min) for name, limits in dims.items()} | dict(sizes or {})
+    for name, size in chosen.items():
+        if name not in dims:
+            raise InputError(f"unknown dimension {name!r}; this bundle has {', '.join(dims) or 'fixed shapes only'}")
+        if size not in dims[name]:
+            raise InputError(f"{name}={size} is outside {dims[name]}, the range this bundle was exported for")
+    result: dict[str, Array] = {}
+    for spec in specs:
+        shape = tuple(chosen[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+        if spec.dtype.startswith("float"):
+            result[spec.name] = generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
+        else:
+            result[spec.name] = generator.integers(0, 2, shape).astype(spec.dtype)
+    return result

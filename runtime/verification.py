@@ -1,0 +1,208 @@
+"""Verify a bundle against the PyTorch outputs stored in it, and measure its accuracy on labelled data. No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.errors import InputError, NothingToCompareError
+from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.compare import OutputComparison, compare_outputs
+from edgekit.runtime.datasets import Dataset
+from edgekit.runtime.session import Array, Session, load
+from edgekit.runtime.tolerances import output_tolerance
+
+
+@dataclass(frozen=True)
+class Check:
+    """The bundle against one reference: `against` names it, `inputs` counts what was tried. Truthy when all pass."""
+
+    against: str
+    inputs: int
+    outputs: tuple[OutputComparison, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs) and all(self.outputs)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy on labelled data, 0 to 1: the bundle's, and PyTorch's where the model was at hand."""
+
+    data: str
+    items: int
+    bundle: float
+    pytorch: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One layer's output in both runtimes; `module` is its path in the PyTorch model, `op` what computes it."""
+
+    layer: str
+    module: str
+    op: str
+    shape: tuple[int, ...]
+    comparison: OutputComparison
+
+    def __bool__(self) -> bool:
+        return bool(self.comparison)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """All layers that both runtimes show, in order of computation."""
+
+    layers: tuple[LayerComparison, ...]
+    tolerance: float
+    first_bad: LayerComparison | None
+
+    def __bool__(self) -> bool:
+        return self.first_bad is None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. Truthy when every check passes; holds the figures either way.
+
+    `not_checked` says in words what was left out, and why.
+    """
+
+    bundle: str
+    precision: str
+    checks: tuple[Check, ...]
+    accuracy: Accuracy | None = None
+    layers: LayerReport | None = None
+    not_checked: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.checks) and all(self.checks) and (self.layers is None or bool(self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: infinities and NaN become None."""
+        data = finite(asdict(self))
+        data["passed"] = bool(self)
+        return data  # type: ignore[no-any-return]
+
+
+def verify_samples(session: Session) -> Check:
+    """Run the stored inputs and compare with the stored PyTorch outputs.
+
+    Raises `NothingToCompareError` where the bundle stores none.
+    """
+    manifest = session.bundle.manifest
+    samples = session.bundle.samples()
+    if not len(samples) or not samples.outputs:
+        raise NothingToCompareError(
+            f"nothing to compare: {session.bundle.name} stores no samples; compare with the model itself (--model)"
+        )
+    return check_outputs("stored PyTorch outputs", iter(samples), session.run, output_tolerance(manifest.precision))
+
+
+def check_outputs(
+    against: str,
+    pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]],
+    run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    tolerance: float,
+) -> Check:
+    """Run each input of `pairs` and compare with the reference beside it, all inputs taken together."""
+    expected: dict[str, list[Array]] = {}
+    got: dict[str, list[Array]] = {}
+    count = 0
+    for inputs, reference in pairs:
+        count += 1
+        for store, outputs in ((expected, reference), (got, run(inputs))):
+            for name, array in outputs.items():
+                store.setdefault(name, []).append(np.asarray(array))
+    if not count:
+        raise NothingToCompareError(f"nothing to compare with {against}: there are no inputs")
+    scores = frozenset(name for name, arrays in expected.items() if is_class_scores(arrays[0]))
+    return Check(against, count, compare_outputs(_stack(expected), _stack(got), tolerance=tolerance, top1=scores))
+
+
+def is_class_scores(array: Array) -> bool:
+    """Whether an output looks like class scores: floats of shape [batch, classes] with more than one class."""
+    return array.ndim == 2 and array.shape[-1] > 1 and np.issubdtype(array.dtype, np.floating)
+
+
+def classify(
+    run: Callable[[Mapping[str, Array]], Mapping[str, Array]], data: Dataset, *, output: str, batch: int = 1
+) -> Array:
+    """The predicted class of every item of `data`, int64 [n], run `batch` items at a time.
+
+    The last batch is filled up with its own last item, because a model may take batches of one size only.
+    """
+    classes = []
+    for part in data.batches(batch):
+        missing = batch - len(part)
+        inputs = {
+            name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+            for name, array in part.inputs.items()
+        }
+        classes.append(np.argmax(run(inputs)[output], axis=-1)[: len(part)])
+    return np.concatenate(classes).astype(np.int64)
+
+
+def batch_size(session: Session) -> int:
+    """How many items one run takes: the fixed size of the first axis, or the smallest that its range allows."""
+    first = session.inputs[0].shape[0] if session.inputs[0].shape else 1
+    return first if isinstance(first, int) else max(1, session.bundle.manifest.dims[first].min)
+
+
+def measure_accuracy(session: Session, data: Dataset) -> Accuracy:
+    """Top-1 accuracy of the bundle on labelled data. Raises `InputError` without labels or without class scores."""
+    output = score_output(session)
+    if data.labels is None:
+        raise InputError(f"{data.source} has no labels; accuracy needs class-named folders or a 'labels' array")
+    correct = classify(session.run, data, output=output, batch=batch_size(session)) == data.labels
+    return Accuracy(data.source, len(data), float(np.mean(correct)))
+
+
+def score_output(session: Session) -> str:
+    """The name of the output that holds class scores. Raises `InputError` where there is none."""
+    for spec in session.outputs:
+        if len(spec.shape) == 2 and spec.dtype.startswith("float") and spec.shape[-1] != 1:
+            return spec.name
+    raise InputError(f"{session.bundle.name} has no output with class scores: {', '.join(map(str, session.outputs))}")
+
+
+def verify(
+    bundle: str | os.PathLike[str] | Bundle, *, data: Dataset | None = None, threads: int | None = None
+) -> Verification:
+    """Verify on a device without torch: the stored samples, and the accuracy where labelled data is given."""
+    session = load(bundle if isinstance(bundle, Bundle) else Path(bundle), threads=threads)
+    accuracy = measure_accuracy(session, data) if data is not None else None
+    manifest = session.bundle.manifest
+    return Verification(
+        session.bundle.name,
+        manifest.precision,
+        (verify_samples(session),),
+        accuracy=accuracy,
+        not_checked=("live PyTorch: this is the torch-free runtime",),
+    )
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities replaced by None, all the way down, so that it is valid JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _stack(outputs: dict[str, list[Array]]) -> dict[str, Array]:
+    """One array per output: stacked where all shapes agree, otherwise flattened end to end."""
+    result = {}
+    for name, arrays in outputs.items():
+        same = len({array.shape for array in arrays}) == 1
+        result[name] = np.stack(arrays) if same else np.concatenate([array.ravel() for array in arrays])
+    return result
