@@ -1,0 +1,106 @@
+"""How a model becomes an artifact: one file per target, plus quantization. `edgekit.export(...)` is the entry.
+
+The package carries the name of the function that the public API promises, so the module itself can be called:
+`edgekit.export("shvit_s1", "onnx", "out")` and `from edgekit.export.shapes import parse_shape` both work. Importing it
+loads neither torch nor onnx; a call does.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekit.runtime.bundle import Bundle
+    from edgekit.runtime.preprocess import ImagePreprocessing
+
+TARGETS = ("onnx",)
+
+__all__ = ["TARGETS", "export"]
+
+
+def export(
+    model: str | Path | torch.nn.Module,
+    target: str,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    shapes: str | Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    calibration: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | ImagePreprocessing | None = None,
+    name: str | None = None,
+    opset: int | None = None,
+    seed: int = 0,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Bundle:
+    """Export a model to a bundle `out/NAME-TARGET[-PRECISION].edge`, checked against PyTorch before it appears.
+
+    Args:
+        model: a zoo name, an `nn.Module`, `package.module:factory`, or a path to a `.pt2` program.
+        target: `onnx`.
+        out: the folder to put the bundle into. A bundle of the same name there is replaced, at once and whole.
+        precision: `fp32`; `fp16` (weights and activations in half precision, but softmax, norms, means and sums in
+            fp32); `int8` (static QDQ, needs `calibration`).
+        shapes: one string per input, `NAME:DIMxDIMx..` with `@dtype` after it for anything but float32, and
+            `| 1..8` or `| N=1..8, S=16..512` for the ranges of named dimensions: `image:Nx3x224x224 | 1..8`.
+            Zoo models default to batch 1 at their own size.
+        weights: a file or folder with weights for a zoo model, or `random`; None takes the shipped weights, or random
+            ones from `seed` where none are shipped (the manifest says which).
+        calibration: int8 only: a folder of images, an .npz, the name `digits`, or `random` (for timing only).
+        labels: names of the classes, in order.
+        preprocessing: how an image becomes the (first) input, as an `ImagePreprocessing` or its JSON form; zoo models
+            bring their own. Without one, `run` takes arrays only.
+        name: the bundle's name; default the zoo name, the factory's, the class's or the file's.
+        opset: the ONNX opset; default 20, with IR version 10.
+        seed: for random weights and random sample inputs.
+        check: compare the finished artifact with PyTorch and refuse to leave one that differs.
+        progress: called with the name of each step as it starts.
+        overrides: keyword arguments for a zoo model's constructor, such as `{"num_classes": 10}`.
+
+    Returns:
+        The opened bundle.
+
+    Raises:
+        UnknownNameError: an unknown model, target or precision.
+        ShapeError: a shape that does not parse or does not fit the model.
+        WeightsError: weights that do not fit.
+        ExportError: the model could not be converted, or the result differs from PyTorch. Nothing is left behind.
+        MissingDependencyError: the extra `export` is not installed.
+    """
+    from edgekit.export.api import export_model
+
+    return export_model(
+        model,
+        target,
+        Path(out),
+        precision=precision,
+        shapes=shapes,
+        weights=weights,
+        calibration=calibration,
+        labels=labels,
+        preprocessing=preprocessing,
+        name=name,
+        opset=opset,
+        seed=seed,
+        check=check,
+        progress=progress,
+        overrides=overrides,
+    )
+
+
+class _CallablePackage(types.ModuleType):
+    """Lets `edgekit.export` be both the package and the function of that name."""
+
+    __call__ = staticmethod(export)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,304 @@
+"""From a model to a finished bundle: load, trace, convert, reduce precision, check, measure, move into place."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+import edgekit
+from edgekit import models
+from edgekit.errors import ExportError, MissingDependencyError, ShapeError, UnknownNameError
+from edgekit.export import TARGETS
+from edgekit.export import onnx as onnx_target
+from edgekit.export.cost import measure_cost
+from edgekit.export.data import digits, image_preprocessing, load_calibration
+from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
+from edgekit.export.source import LoadedModel, load_model, tensor_leaves
+from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
+from edgekit.runtime.datasets import Dataset
+from edgekit.runtime.manifest import Manifest
+from edgekit.runtime.preprocess import ImagePreprocessing
+from edgekit.runtime.session import load
+from edgekit.runtime.tolerances import PRECISIONS
+from edgekit.runtime.verification import Check, finite, verify_samples
+
+SAMPLE_COUNT = 4
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every step needs to know; made once from the arguments."""
+
+    loaded: LoadedModel
+    shapes: tuple[InputShape, ...]
+    preprocessing: ImagePreprocessing | None
+    labels: tuple[str, ...] | None
+    opset: int | None
+    seed: int
+    check: bool
+    step: Callable[[str], None]
+
+
+def export_model(
+    model: str | Path | torch.nn.Module,
+    target: str,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    shapes: str | Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    calibration: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | ImagePreprocessing | None = None,
+    name: str | None = None,
+    opset: int | None = None,
+    seed: int = 0,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Bundle:
+    """See `edgekit.export`."""
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    if calibration is not None and precision != "int8":
+        raise ExportError(f"calibration data is for --precision int8; this export is {precision}")
+    step = progress or (lambda _: None)
+    step("load the model")
+    loaded = load_model(model, weights=weights, seed=seed, overrides=overrides)
+    if name is not None:
+        loaded = replace(loaded, name=name)
+    plan = _plan(loaded, shapes, labels, preprocessing, opset, seed, check, step)
+    data = None
+    if precision == "int8":
+        step("read calibration data")
+        dataset = loaded.entry.dataset if loaded.entry else None
+        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset)
+    destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
+    try:
+        if precision == "fp32":
+            return _export_fp32(plan, destination)
+        return _export_reduced(plan, destination, precision, data)
+    except OSError as error:
+        raise ExportError(f"writing {destination} failed: {error.strerror or error}; nothing was left there") from error
+
+
+def _plan(
+    loaded: LoadedModel,
+    shapes: str | Sequence[str] | None,
+    labels: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | ImagePreprocessing | None,
+    opset: int | None,
+    seed: int,
+    check: bool,
+    step: Callable[[str], None],
+) -> _Plan:
+    entry = loaded.entry
+    if loaded.program is not None:
+        if shapes is not None:
+            raise ShapeError(f"{loaded.source} fixed its shapes when it was exported; leave --shape out")
+        parsed = program_shapes(loaded.program)
+    elif shapes is not None:
+        parsed = parse_shapes(shapes)
+    elif entry is not None:
+        parsed = (InputShape(entry.input.name, (1, entry.input.channels, entry.input.size, entry.input.size)),)
+    else:
+        raise ShapeError(
+            f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"
+        )
+    recipe: ImagePreprocessing | None
+    if isinstance(preprocessing, Mapping):
+        recipe = ImagePreprocessing.from_json(dict(preprocessing))
+    elif preprocessing is None and entry is not None:
+        recipe = _zoo_preprocessing(entry.input.channels, parsed[0], image_preprocessing(entry))
+    else:
+        recipe = preprocessing
+    if labels is None and entry is not None and "num_classes" not in loaded.options:
+        labels = entry.labels
+    return _Plan(loaded, parsed, recipe, tuple(labels) if labels else None, opset, seed, check, step)
+
+
+def _zoo_preprocessing(channels: int, shape: InputShape, recipe: ImagePreprocessing) -> ImagePreprocessing | None:
+    """The zoo's recipe at the size that was asked for; None where the input is no image of fixed size any more."""
+    if len(shape.dims) != 4 or shape.dims[1] != channels:
+        return None
+    height, width = shape.dims[2:]
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return replace(recipe, size=(height, width))
+
+
+def _export_fp32(plan: _Plan, destination: Path) -> Bundle:
+    with BundleWriter(destination) as writer:
+        started = time.perf_counter()
+        exported, names = _convert(plan)
+        samples = _samples(plan, names)
+        manifest = _manifest(plan, exported, "fp32", None)
+        graph = onnx_target.finalize(exported.model, metadata=_metadata(plan, "fp32"))
+        bundle, check = _write(writer, plan, manifest, graph, samples)
+        report = {"export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)}}
+        return writer.finish(_with_figures(bundle.manifest, check), report)
+
+
+def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
+    """fp16 and int8 start from a verified fp32 bundle, which is also the rival for accuracy and speed."""
+    with BundleWriter(destination) as writer, tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+        started = time.perf_counter()
+        reference = _export_fp32(plan, Path(folder) / f"{bundle_stem(plan.loaded.name, 'onnx', 'fp32')}.edge")
+        graph = onnx.load_from_string(reference.read(reference.manifest.model_file))
+        plan.step(f"convert to {precision}")
+        if precision == "fp16":
+            from edgekit.export.fp16 import to_fp16
+
+            graph = to_fp16(graph)
+        else:
+            from edgekit.export.int8 import check_calibration, to_int8
+
+            assert data is not None  # export_model reads it for int8
+            data = check_calibration(data, [shape.name for shape in plan.shapes])
+            graph = to_int8(graph, data)
+        graph = onnx_target.finalize(graph, metadata=_metadata(plan, precision))
+        calibration = data.source if data is not None else None
+        manifest = replace(reference.manifest, precision=precision, calibration=calibration, files={}, verification={})
+        bundle, check = _write(writer, plan, manifest, graph, reference.samples())
+        plan.step(f"compare {precision} with fp32")
+        cost = measure_cost(plan.loaded, reference, bundle, data)
+        report = {
+            "export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)},
+            "precision": cost,
+        }
+        return writer.finish(_with_figures(bundle.manifest, check), report)
+
+
+def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
+    tensors = onnx_target.example_inputs(plan.shapes, seed=plan.seed)
+    names = onnx_target.output_names(plan.loaded.call(tensors))
+    order = plan.loaded.bind(tensors)[2]
+    if plan.loaded.entry is not None and names == ["output"]:
+        names = ["logits"]
+    by_name = {shape.name: shape for shape in plan.shapes}
+    if plan.loaded.program is not None:
+        program = plan.loaded.program
+    else:
+        plan.step("fuse and trace")
+        program = onnx_target.trace(models.fuse(plan.loaded.module), plan.shapes, seed=plan.seed)
+    plan.step("convert to ONNX")
+    return onnx_target.convert(program, [by_name[key] for key in order], names=names, opset=plan.opset), names
+
+
+def _samples(plan: _Plan, names: list[str]) -> Samples:
+    """A few inputs (real ones where the model has a data set) and what the original, unfused model answers."""
+    plan.step("store samples")
+    items = _sample_inputs(plan)
+    inputs: dict[str, list[np.ndarray[Any, Any]]] = {}
+    outputs: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for tensors in items:
+        leaves = tensor_leaves(plan.loaded.call(tensors))
+        for key, tensor in tensors.items():
+            inputs.setdefault(key, []).append(tensor.numpy())
+        for key, leaf in zip(names, leaves, strict=True):
+            outputs.setdefault(key, []).append(leaf.numpy())
+    return Samples({k: np.stack(v) for k, v in inputs.items()}, {k: np.stack(v) for k, v in outputs.items()})
+
+
+def _sample_inputs(plan: _Plan) -> list[dict[str, torch.Tensor]]:
+    drawn = [onnx_target.example_inputs(plan.shapes, seed=plan.seed + index) for index in range(SAMPLE_COUNT)]
+    entry = plan.loaded.entry
+    if entry is None or entry.dataset != "digits" or plan.preprocessing is None:
+        return drawn
+    try:
+        data = digits("test", plan.shapes[0].name, plan.preprocessing)
+    except MissingDependencyError:  # scikit-learn is not installed: samples are then random, as for any other model
+        return drawn
+    name, size = plan.shapes[0].name, drawn[0][plan.shapes[0].name].shape[0]
+    return [{name: torch.from_numpy(part.inputs[name])} for part in islice(data.batches(size), SAMPLE_COUNT)]
+
+
+def _manifest(plan: _Plan, exported: onnx_target.OnnxExport, precision: str, calibration: str | None) -> Manifest:
+    macs = None
+    entry = plan.loaded.entry
+    if entry is not None and not plan.loaded.options:
+        at_zoo_size = plan.shapes[0].dims[2:] == (entry.input.size, entry.input.size)
+        macs = entry.macs if at_zoo_size else None
+    inputs = list(exported.inputs)
+    if plan.preprocessing is not None:
+        inputs[0] = replace(inputs[0], preprocessing=plan.preprocessing)
+    return Manifest(
+        name=plan.loaded.name,
+        model=plan.loaded.info(macs),
+        target="onnx",
+        precision=precision,
+        inputs=tuple(inputs),
+        outputs=exported.outputs,
+        dims={key: limits for shape in plan.shapes for key, limits in shape.ranges.items()},
+        labels=plan.labels,
+        tools=_tools(),
+        calibration=calibration,
+    )
+
+
+def _write(
+    writer: BundleWriter, plan: _Plan, manifest: Manifest, graph: onnx.ModelProto, samples: Samples
+) -> tuple[Bundle, Check | None]:
+    """Write the model and its samples, load them back through the runtime, and compare with PyTorch."""
+    writer.add("model.onnx", "model").write_bytes(graph.SerializeToString(deterministic=True))
+    samples.save(writer.add(SAMPLES, "samples"))
+    opsets = {item.domain or "ai.onnx": item.version for item in graph.opset_import}
+    ops = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.graph.node)
+    manifest = replace(manifest, opsets=opsets, ir_version=graph.ir_version, ops=dict(sorted(ops.items())))
+    bundle = writer.preview(manifest)
+    if not plan.check:
+        return bundle, None
+    plan.step(f"check {manifest.precision} against PyTorch")
+    check = verify_samples(load(bundle))
+    if not check:
+        figures = "; ".join(
+            output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.0e}"
+            for output in check.outputs
+            if not output
+        )
+        raise ExportError(
+            f"the {manifest.precision} bundle does not answer as PyTorch does ({figures}). Nothing was written; "
+            "to keep such a bundle and look into it with 'edgekit verify --layers', export with --no-check"
+        )
+    return bundle, check
+
+
+def _with_figures(manifest: Manifest, check: Check | None) -> Manifest:
+    if check is None:
+        return replace(manifest, verification={"checked": False})
+    outputs = [
+        {"name": o.name, "max_abs": o.max_abs, "rel_l2": o.rel_l2, "cosine": o.cosine, "psnr_db": o.psnr_db,
+         "top1_agreement": o.top1_agreement, "tolerance": o.tolerance}
+        for o in check.outputs
+    ]  # fmt: skip
+    figures = {"checked": True, "against": check.against, "inputs": check.inputs, "outputs": outputs}
+    return replace(manifest, verification=finite(figures))
+
+
+def _metadata(plan: _Plan, precision: str) -> dict[str, str]:
+    return {
+        "edgekit": edgekit.__version__,
+        "model": plan.loaded.source,
+        "weights_sha256": plan.loaded.weights.sha256,
+        "precision": precision,
+    }
+
+
+def _tools() -> dict[str, str]:
+    names = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+    versions = {name: metadata.version(name) for name in names}
+    return {"edgekit": edgekit.__version__, "python": platform.python_version(), **versions}

@@ -1,0 +1,105 @@
+"""Data by name or path: for calibration, and for accuracy on labelled items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.errors import ExportError, InputError
+from edgekit.export.shapes import InputShape
+from edgekit.models.registry import ModelEntry
+from edgekit.runtime.datasets import Dataset, load_dataset
+from edgekit.runtime.manifest import TensorSpec
+from edgekit.runtime.preprocess import ImagePreprocessing
+from edgekit.runtime.session import random_inputs
+
+RANDOM_ITEMS = 16
+NAMED = {"digits": "scikit-learn's handwritten digits"}
+
+
+def image_preprocessing(entry: ModelEntry) -> ImagePreprocessing:
+    """The recipe of a zoo model's input, in the form that bundles carry."""
+    spec = entry.input
+    exact = spec.crop_pct == 1
+    return ImagePreprocessing(
+        size=(spec.size, spec.size),
+        resize="squash" if exact else "shortest",
+        crop_pct=spec.crop_pct,
+        interpolation=spec.interpolation,
+        color="gray" if spec.channels == 1 else "rgb",
+        mean=spec.mean,
+        std=spec.std,
+    )
+
+
+def digits(part: str, input_name: str, preprocessing: ImagePreprocessing) -> Dataset:
+    """One part (`train`, `validation`, `test`) of scikit-learn's digits, preprocessed as an image file would be."""
+    from edgekit.models.digits import load_digits_split
+
+    images, labels = load_digits_split(part)  # type: ignore[arg-type]  # its callers here pass literals
+    arrays = np.concatenate([preprocessing(image) for image in images])
+    return Dataset({input_name: arrays}, labels, f"{NAMED['digits']}, {part} part ({len(labels)} images)")
+
+
+def load_labelled(
+    data: str | Path,
+    specs: Sequence[TensorSpec],
+    labels: Sequence[str] | None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Labelled data for accuracy: the name `digits` (its test part), a folder of class folders, or an .npz."""
+    spec = specs[0]
+    if str(data) == "digits":
+        return digits("test", spec.name, _need_preprocessing(spec.preprocessing, "digits"))
+    return load_dataset(
+        data,
+        input_name=spec.name,
+        preprocessing=spec.preprocessing,
+        input_shapes={item.name: item.shape for item in specs},
+        labels=labels,
+        progress=progress,
+    )
+
+
+def load_calibration(
+    calibration: str | Path | None,
+    shapes: Sequence[InputShape],
+    preprocessing: ImagePreprocessing | None,
+    dataset: str | None,
+) -> Dataset:
+    """Calibration data for int8: a folder of images, an .npz, `digits`, `random`, or the model's own `dataset`."""
+    if calibration is None:
+        if dataset is None:
+            raise ExportError(
+                "int8 needs calibration data: pass --calibration with a folder of typical images or an .npz of inputs "
+                "(100 to 300 items; 'random' works for timing only, its accuracy means nothing)"
+            )
+        calibration = dataset
+    first = shapes[0]
+    if str(calibration) == "random":
+        return _random_data(shapes)
+    if str(calibration) == "digits":
+        return digits("train", first.name, _need_preprocessing(preprocessing, "digits"))
+    return load_dataset(
+        calibration,
+        input_name=first.name,
+        preprocessing=preprocessing,
+        input_shapes={shape.name: shape.dims for shape in shapes},
+    )
+
+
+def _random_data(shapes: Sequence[InputShape]) -> Dataset:
+    specs = tuple(TensorSpec(shape.name, shape.dtype, shape.dims) for shape in shapes)
+    dims = {name: limits for shape in shapes for name, limits in shape.ranges.items()}
+    items = [random_inputs(specs, dims, seed=seed) for seed in range(RANDOM_ITEMS)]
+    arrays = {spec.name: np.concatenate([item[spec.name] for item in items]) for spec in specs}
+    return Dataset(arrays, None, "random normal values (for timing only)")
+
+
+def _need_preprocessing(recipe: ImagePreprocessing | None, what: str) -> ImagePreprocessing:
+    if recipe is None:
+        raise InputError(f"the data set {what!r} holds images, but this model has no image preprocessing")
+    return recipe

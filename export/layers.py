@@ -1,0 +1,128 @@
+"""Compare a bundle with PyTorch layer by layer, and name the first layer that leaves the tolerance.
+
+The exporter names every tensor of the ONNX graph after the node of the traced PyTorch program that computes it. The
+program is traced again here, so both sides can be asked for the same tensors: PyTorch by walking its graph, the bundle
+by declaring its inner tensors as outputs. Tensors that a pass fused away exist on one side only and are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from edgekit import models
+from edgekit.errors import NothingToCompareError
+from edgekit.export import onnx as onnx_target
+from edgekit.export.shapes import InputShape, program_shapes
+from edgekit.export.source import LoadedModel
+from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.compare import compare_arrays
+from edgekit.runtime.onnxruntime_backend import session_options
+from edgekit.runtime.session import random_inputs
+from edgekit.runtime.tolerances import layer_tolerance
+from edgekit.runtime.verification import LayerComparison, LayerReport
+
+# Views of other tensors say nothing new; comparing them would fill the table with repetitions.
+_VIEWS = (
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "split",
+    "getitem",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "expand",
+    "t.",
+)
+
+
+def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
+    """Run both sides on the first stored sample (or a seeded input) and compare every layer they share.
+
+    Raises `NothingToCompareError` where the graphs share no tensor.
+    """
+    manifest = bundle.manifest
+    inputs = next(iter(bundle.samples()), (None, None))[0] or random_inputs(manifest.inputs, manifest.dims)
+    program, order = _program(bundle, loaded)
+    recorder = _Recorder(program.module())
+    with torch.no_grad():
+        recorder.run(*[torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in order])
+    graph = onnx.load_from_string(bundle.read(manifest.model_file))
+    produced = {name for node in graph.graph.node for name in node.output if name}
+    # The graph's outputs carry the names of the bundle instead of their node's.
+    outputs = dict(zip(program.graph_signature.user_outputs, (spec.name for spec in manifest.outputs), strict=True))
+    tensors = {name: outputs.get(name, name) for name in recorder.values}
+    shared = {name: tensor for name, tensor in tensors.items() if tensor in produced}
+    actual = _run_with_outputs(graph, inputs, list(shared.values()), set(outputs.values()))
+    tolerance = layer_tolerance(manifest.precision)
+    layers = []
+    for name, tensor in shared.items():
+        node, value = recorder.nodes[name], recorder.values[name]
+        comparison = compare_arrays(tensor, value, actual[tensor], tolerance=tolerance)
+        layers.append(LayerComparison(name, _module_path(node), _op_name(node), value.shape, comparison))
+    if not layers:
+        raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
+    return LayerReport(tuple(layers), tolerance, next((layer for layer in layers if not layer), None))
+
+
+def _program(bundle: Bundle, loaded: LoadedModel) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """The traced program whose node names the bundle's tensors carry, and the order of its inputs."""
+    manifest = bundle.manifest
+    shapes: tuple[InputShape, ...]
+    if loaded.program is not None:
+        program, shapes = loaded.program, program_shapes(loaded.program)
+        order = [shape.name for shape in shapes]
+    else:
+        shapes = tuple(
+            InputShape(s.name, s.shape, s.dtype, {d: manifest.dims[d] for d in s.shape if isinstance(d, str)})
+            for s in manifest.inputs
+        )
+        program = onnx_target.trace(models.fuse(loaded.module), shapes)
+        order = loaded.bind({shape.name: None for shape in shapes})[2]
+    names = [spec.name for spec in manifest.outputs]
+    by_name = {shape.name: shape for shape in shapes}
+    opset = manifest.opsets.get("ai.onnx")
+    exported = onnx_target.convert(program, [by_name[name] for name in order], names=names, opset=opset)
+    return exported.program, order
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Walks a traced graph and keeps every float tensor that a layer computes."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, np.ndarray[Any, Any]] = {}
+        self.nodes: dict[str, torch.fx.Node] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        is_layer = n.op == "call_function" and not any(word in str(n.target) for word in _VIEWS)
+        if is_layer and isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() > 1:
+            self.values[n.name] = result.detach().numpy()
+            self.nodes[n.name] = n
+        return result
+
+
+def _run_with_outputs(
+    model: onnx.ModelProto, inputs: dict[str, np.ndarray[Any, Any]], names: list[str], outputs: set[str]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Run the graph with inner tensors as further outputs. Graph optimizations stay on where they leave these alone."""
+    extra = [name for name in names if name not in outputs]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1))
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _module_path(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _op_name(node: torch.fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]

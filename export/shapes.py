@@ -1,0 +1,113 @@
+"""The shapes of a model's inputs as people type them: `image:Nx3x224x224 | 1..8`, `ids:1x128@int64`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edgekit.errors import ShapeError
+from edgekit.runtime.manifest import DTYPES, Dim, DimRange
+
+if TYPE_CHECKING:
+    import torch
+
+_EXAMPLE = "write NAME:1x3x224x224, or NAME:Nx3x224x224 | 1..8 for a dynamic batch"
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """One input: `dims` are sizes or the names of dynamic dimensions, whose `ranges` include both ends."""
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: str = "float32"
+    ranges: dict[str, DimRange] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        suffix = "" if self.dtype == "float32" else f"@{self.dtype}"
+        ranges = ", ".join(f"{name}={limits}" for name, limits in self.ranges.items())
+        return f"{self.name}:{'x'.join(map(str, self.dims))}{suffix}" + (f" | {ranges}" if ranges else "")
+
+
+def parse_shape(text: str) -> InputShape:
+    """Parse one input's shape. Raises `ShapeError` that shows the right form."""
+    body, _, limits = text.partition("|")
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*:\s*([\w]+)\s*(?:@\s*(\w+))?\s*", body)
+    if not match:
+        raise ShapeError(f"cannot read the shape {text!r}; {_EXAMPLE}")
+    name, dims_text, dtype = match[1], match[2], match[3] or "float32"
+    if dtype not in DTYPES:
+        raise ShapeError(f"unknown dtype {dtype!r} in {text!r}; one of {', '.join(DTYPES)}")
+    dims: list[Dim] = []
+    for part in dims_text.split("x"):
+        if part.isdigit():
+            if int(part) < 1:
+                raise ShapeError(f"dimension {part} in {text!r} must be at least 1")
+            dims.append(int(part))
+        elif re.fullmatch(r"[A-Za-wyz_][A-Za-wyz0-9_]*", part):
+            dims.append(part)
+        else:
+            raise ShapeError(f"cannot read dimension {part!r} in {text!r}; {_EXAMPLE}")
+    return InputShape(name, tuple(dims), dtype, _parse_ranges(text, limits, dims))
+
+
+def parse_shapes(texts: str | Sequence[str]) -> tuple[InputShape, ...]:
+    """Parse the shapes of all inputs; the same dynamic dimension may appear in several, with one range."""
+    shapes = [parse_shape(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    names = [shape.name for shape in shapes]
+    if len(set(names)) < len(names):
+        raise ShapeError(f"an input is given twice: {', '.join(names)}")
+    ranges: dict[str, DimRange] = {}
+    for shape in shapes:
+        for dim, limits in shape.ranges.items():
+            stated = limits != DimRange()
+            if stated and ranges.get(dim, DimRange()) not in (DimRange(), limits):
+                raise ShapeError(f"dimension {dim} has two ranges: {ranges[dim]} and {limits}")
+            if stated or dim not in ranges:
+                ranges[dim] = limits
+    return tuple(
+        InputShape(shape.name, shape.dims, shape.dtype, {dim: ranges[dim] for dim in shape.ranges}) for shape in shapes
+    )
+
+
+def program_shapes(program: torch.export.ExportedProgram) -> tuple[InputShape, ...]:
+    """The input shapes that a saved program was exported for, with the ranges of its dynamic dimensions."""
+    shapes = []
+    for item in program.graph.nodes:
+        if item.op != "placeholder" or item.name not in program.graph_signature.user_inputs:
+            continue
+        value = item.meta["val"]
+        dims: list[int | str] = []
+        ranges: dict[str, DimRange] = {}
+        for size in value.shape:
+            if isinstance(size, int):
+                dims.append(size)
+                continue
+            symbol = str(size)
+            limits = program.range_constraints[size.node.expr]
+            upper = int(limits.upper) if limits.upper < 2**31 else None
+            ranges[symbol] = DimRange(max(1, int(limits.lower)), upper)
+            dims.append(symbol)
+        dtype = str(value.dtype).removeprefix("torch.")
+        shapes.append(InputShape(item.name, tuple(dims), dtype, ranges))
+    return tuple(shapes)
+
+
+def _parse_ranges(text: str, limits: str, dims: list[Dim]) -> dict[str, DimRange]:
+    symbols = list(dict.fromkeys(dim for dim in dims if isinstance(dim, str)))
+    ranges = {symbol: DimRange() for symbol in symbols}
+    for part in filter(None, (piece.strip() for piece in limits.split(","))):
+        match = re.fullmatch(r"(?:(\w+)\s*=\s*)?(\d+)\s*\.\.\s*(\d*)", part)
+        if not match:
+            raise ShapeError(f"cannot read the range {part!r} in {text!r}; write 1..8 or N=1..8")
+        symbol = match[1] or (symbols[0] if len(symbols) == 1 else "")
+        if symbol not in ranges:
+            known = ", ".join(symbols) or "none"
+            raise ShapeError(f"the range {part!r} in {text!r} belongs to no dynamic dimension (it has: {known})")
+        low, high = int(match[2]), int(match[3]) if match[3] else None
+        if low < 1 or (high is not None and high < low):
+            raise ShapeError(f"the range {part!r} in {text!r} must run from at least 1 upwards")
+        ranges[symbol] = DimRange(low, high)
+    return ranges

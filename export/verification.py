@@ -1,0 +1,157 @@
+"""Verify a bundle with the model at hand: stored samples, live PyTorch on fresh inputs, accuracy, layer by layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit.errors import ExportError, InputError, NothingToCompareError, WeightsError
+from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.session import Session, load, random_inputs
+from edgekit.runtime.tolerances import output_tolerance
+from edgekit.runtime.verification import (
+    Accuracy,
+    Check,
+    LayerReport,
+    Verification,
+    batch_size,
+    check_outputs,
+    classify,
+    measure_accuracy,
+    score_output,
+    verify_samples,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekit.export.source import LoadedModel
+
+FRESH_INPUTS = 4
+# Fresh inputs must not repeat the stored samples, whose seeds count up from the export's seed.
+FRESH_SEED = 1_000_003
+
+
+def verify(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    model: str | Path | torch.nn.Module | None = None,
+    weights: str | Path | None = None,
+    live: bool | None = None,
+    data: str | Path | None = None,
+    layers: bool = False,
+    inputs: int = FRESH_INPUTS,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Does the bundle answer as PyTorch does? The result is truthy when it does, and holds the figures.
+
+    Args:
+        bundle: a folder, a packed file, or an opened bundle.
+        model: the PyTorch model to compare with; None rebuilds what the manifest names, proved by its weights' hash.
+        weights: the weights file, where the bundle was exported with one.
+        live: compare with the running PyTorch model on fresh inputs. None does so where torch is installed and the
+            model can be rebuilt, and says in `not_checked` why not otherwise; True makes that an error.
+        data: labelled data for the task's accuracy of both sides: `digits`, a folder of class folders, or an .npz.
+        layers: also compare layer by layer (needs the live model).
+        inputs: how many fresh inputs.
+        threads: threads for the bundle's session.
+        progress: called with the name of each step as it starts.
+
+    Raises:
+        NothingToCompareError: neither samples nor a model.
+        ExportError, WeightsError: the model was asked for but cannot be rebuilt, or has other weights.
+        BundleError: the bundle is damaged.
+    """
+    step = progress or (lambda _: None)
+    if inputs < 1:
+        raise InputError(f"inputs must be at least 1, got {inputs}")
+    step("open the bundle")
+    session = load(bundle if isinstance(bundle, Bundle) else Path(bundle), threads=threads)
+    required = live is True or layers or model is not None
+    loaded, reason = (
+        (None, "not asked for")
+        if live is False and not required
+        else _find_model(session.bundle, model, weights, required)
+    )
+    checks: list[Check] = []
+    notes: list[str] = []
+    try:
+        step("compare with stored samples")
+        checks.append(verify_samples(session))
+    except NothingToCompareError as error:
+        if loaded is None:
+            raise
+        notes.append(str(error))
+    if loaded is None:
+        notes.append(f"live PyTorch: {reason}")
+    else:
+        step("compare with live PyTorch")
+        checks.append(_check_live(session, loaded, inputs))
+    accuracy = None
+    if data is not None:
+        step("measure accuracy")
+        accuracy = _accuracy(session, loaded, data)
+    report: LayerReport | None = None
+    if layers:
+        assert loaded is not None  # `layers` makes the model required
+        from edgekit.export.layers import compare_layers
+
+        step("compare layer by layer")
+        report = compare_layers(session.bundle, loaded)
+    manifest = session.bundle.manifest
+    return Verification(session.bundle.name, manifest.precision, tuple(checks), accuracy, report, tuple(notes))
+
+
+def _find_model(
+    bundle: Bundle, model: str | Path | torch.nn.Module | None, weights: str | Path | None, required: bool
+) -> tuple[LoadedModel | None, str]:
+    """The live model, or None and the reason in words. A model that was asked for and is not there is an error."""
+    if importlib.util.find_spec("torch") is None and not required:
+        return None, "torch is not installed (pip install 'edgekit[export]')"
+    from edgekit.export.source import reload_model
+
+    try:
+        return reload_model(bundle.manifest, model, weights), ""
+    except (ExportError, WeightsError) as error:
+        if required:
+            raise
+        return None, str(error)
+
+
+def fresh_inputs(session: Session, count: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    """Seeded inputs that the bundle has not stored; dynamic dimensions take several of the sizes they allow."""
+    dims = session.bundle.manifest.dims
+    for index in range(count):
+        sizes = {}
+        for name, limits in dims.items():
+            smallest = max(1, limits.min)
+            largest = limits.max if limits.max is not None else smallest + 3
+            sizes[name] = smallest + index % (min(largest, smallest + 7) - smallest + 1)
+        yield random_inputs(session.inputs, dims, seed=FRESH_SEED + index, sizes=sizes)
+
+
+def _check_live(session: Session, loaded: LoadedModel, count: int) -> Check:
+    run = loaded.runner([spec.name for spec in session.outputs])
+    pairs = ((arrays, run(arrays)) for arrays in fresh_inputs(session, count))
+    tolerance = output_tolerance(session.bundle.manifest.precision)
+    return check_outputs("live PyTorch on fresh inputs", pairs, session.run, tolerance)
+
+
+def _accuracy(session: Session, loaded: LoadedModel | None, source: str | Path) -> Accuracy:
+    from edgekit.export.data import load_labelled
+
+    manifest = session.bundle.manifest
+    data = load_labelled(source, session.inputs, manifest.labels)
+    accuracy = measure_accuracy(session, data)
+    if loaded is None:
+        return accuracy
+    run = loaded.runner([spec.name for spec in session.outputs])
+    predicted = classify(run, data, output=score_output(session), batch=batch_size(session))
+    return replace(accuracy, pytorch=float(np.mean(predicted == data.labels)))
