@@ -27,6 +27,7 @@ lint: $(STAMP)
 	@PYTHONPATH=src $(BIN)/lint-imports
 
 bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.digits_accuracy
 	@$(BIN)/python -m benchmarks.onnx_cpu
 
 $(STAMP): pyproject.toml constraints.txt

@@ -203,10 +203,10 @@ class CARE(Fusable):
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, stages[0].dim, patch_size, patch_size), nn.BatchNorm2d(stages[0].dim)
         )
-        previous = (None, *stages[:-1])
-        self.stages = nn.Sequential(
-            *(StageBlocks(stage, before, stage is stages[-1]) for before, stage in zip(previous, stages, strict=True))
-        )
+        self.stages = nn.Sequential()
+        for i, stage in enumerate(stages):
+            previous = stages[i - 1] if i > 0 else None
+            self.stages.append(StageBlocks(stage, previous, last=i == len(stages) - 1))
         expanded = stages[-1].ratios[1] * stages[-1].dim
         self.head = Head(expanded, num_classes)
         self.dist_head = Head(expanded, num_classes)

@@ -37,7 +37,7 @@ def fuse(model: nn.Module) -> nn.Module:
     the other layers. Shared, hooked and parametrised layers stay as they are. The answers are the same up to float
     rounding. A model without such parts, or one fused before, comes back as an eval-mode copy. `model` is not changed.
     """
-    fused = copy.deepcopy(model).eval()
+    fused = copy.deepcopy(model)
     with torch.no_grad():
         fused = _replace_fusable(fused, {})
         uses = Counter(module for _, module in fused.named_modules(remove_duplicate=False))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 
 from edgekit.models.complexity import count_parameters
 from edgekit.models.digits import SPLIT_SEED, SPLIT_SIZES, digits_batch, enlarge, load_digits_split, normalise
@@ -129,7 +129,7 @@ def save(training: Training, directory: Path) -> Path:
     """Write `<model>.safetensors` (float32) and `<model>.json`; gives the path of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{training.report['model']}.safetensors"
-    save_file({key: value.contiguous() for key, value in training.model.state_dict().items()}, path)
+    path.write_bytes(safetensors_bytes(training.model.state_dict()))
     path.with_suffix(".json").write_text(json.dumps(training.report, indent=2) + "\n")
     return path
 

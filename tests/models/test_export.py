@@ -7,15 +7,14 @@ import torch
 
 from edgekit.models import create_model, fuse, model_entry, seed_weights
 
-
 CASES = [
     pytest.param("shvit_digits", False, id="shvit_digits-trained"),
     pytest.param("shvit_digits", True, id="shvit_digits-fused"),
     pytest.param("care_digits", False, id="care_digits-trained"),
     pytest.param("care_digits", True, id="care_digits-fused"),
-    pytest.param("shvit_s1", False, id="shvit_s1-trained", marks=pytest.mark.slow),
+    pytest.param("shvit_s1", False, id="shvit_s1-trained"),
     pytest.param("shvit_s1", True, id="shvit_s1-fused"),
-    pytest.param("care_s0", False, id="care_s0-trained", marks=pytest.mark.slow),
+    pytest.param("care_s0", False, id="care_s0-trained"),
     pytest.param("care_s0", True, id="care_s0-fused"),
 ]
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.exceptions import Abort, ClickException
 
 import edgekit
 from edgekit.cli import render
 from edgekit.cli.console import Output
 from edgekit.errors import EdgekitError, InputError
+
+# typer brings its own copy of click in some versions and depends on it in others; this is its base error in both.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="edgekit",
@@ -235,9 +237,10 @@ def run_command(arguments: list[str] | None = None) -> int:
         code = app(args=words, standalone_mode=False)
     except EdgekitError as error:
         return _fail(words, str(error), error.exit_code)
-    except ClickException as error:
-        return _fail(words, error.format_message(), 2, hint="edgekit --help")
-    except (Abort, KeyboardInterrupt):
+    except _UsageError as error:
+        message = getattr(error, "format_message", lambda: str(error))()
+        return _fail(words, message, 2, hint="edgekit --help")
+    except (typer.Abort, KeyboardInterrupt):
         print("edgekit: interrupted; nothing half-written was left behind", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -64,12 +64,19 @@ class Output:
         self.out.print(table)
 
     @contextlib.contextmanager
-    def steps(self, what: str) -> Iterator[Callable[[str], None]]:
-        """A function that announces steps: a spinner with the elapsed time on a terminal, lines elsewhere."""
+    def steps(self, what: str, *, detail: bool = True) -> Iterator[Callable[[str], None]]:
+        """A function that announces steps: a spinner with the elapsed time on a terminal, lines elsewhere.
+
+        Args:
+            detail: off a terminal, a line per step; otherwise one for the whole.
+        """
         start = time.perf_counter()
         if self.err.is_terminal:
             with self.err.status(what) as status:
                 yield lambda step: status.update(f"{what}: {step} ({time.perf_counter() - start:.0f} s)")
+        elif not detail:
+            self.err.print(f"{what} ..", markup=False, highlight=False)
+            yield lambda step: None
         else:
             yield lambda step: self.err.print(f"{what}: {step}", markup=False, highlight=False)
 

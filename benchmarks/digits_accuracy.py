@@ -1,0 +1,70 @@
+"""What each precision costs in accuracy, on real images: PyTorch and our bundles on scikit-learn's digits.
+
+    python -m benchmarks.digits_accuracy
+
+Every bundle answers all 360 images of the test part, which neither training nor calibration saw.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import edgekit
+from benchmarks.onnx_cpu import RESULTS, heading
+from edgekit.runtime.tolerances import PRECISIONS
+
+MODELS = ("shvit_digits", "care_digits")
+
+
+def main() -> int:
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
+        for model in MODELS:
+            for precision in PRECISIONS:
+                print(f"{model} {precision}", file=sys.stderr, flush=True)
+                bundle = edgekit.export(model, "onnx", Path(folder), precision=precision)
+                result = edgekit.verify(bundle, data="digits")
+                if not result or result.accuracy is None:
+                    raise SystemExit(f"{bundle.name} does not verify: {result}")
+                outputs = result.checks[0].outputs
+                rows.append(
+                    {
+                        "model": model,
+                        "precision": precision,
+                        "model_bytes": bundle.size_of_model,
+                        "rel_l2": max(item.rel_l2 for item in outputs),
+                        "images": result.accuracy.items,
+                        "pytorch": result.accuracy.pytorch,
+                        "bundle": result.accuracy.bundle,
+                    }
+                )
+    title, facts = heading()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    document = {"benchmark": "digits_accuracy", **facts, "rows": rows}
+    (RESULTS / "digits_accuracy.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    lines = [
+        "# Digits: accuracy of PyTorch and of the bundles",
+        "",
+        title,
+        "",
+        "360 test images of scikit-learn's handwritten digits, never seen in training or calibration.",
+        "",
+        "| model | precision | model file, KiB | relative L2 error | PyTorch | bundle |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['precision']} | {row['model_bytes'] / 1024:.0f} | {row['rel_l2']:.1e} | "
+            f"{100 * row['pytorch']:.2f} % | {100 * row['bundle']:.2f} % |"
+        )
+    lines += ["", "Made by `make bench`."]
+    (RESULTS / "digits_accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
