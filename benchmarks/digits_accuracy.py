@@ -10,13 +10,24 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import edgekit
 from benchmarks.onnx_cpu import RESULTS, heading
 from edgekit.runtime.tolerances import PRECISIONS
+from edgekit.runtime.verification import Accuracy
 
 MODELS = ("shvit_digits", "care_digits")
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    precision: str
+    model_bytes: int
+    rel_l2: float
+    accuracy: Accuracy
 
 
 def main() -> int:
@@ -30,20 +41,11 @@ def main() -> int:
                 if not result or result.accuracy is None:
                     raise SystemExit(f"{bundle.name} does not verify: {result}")
                 outputs = result.checks[0].outputs
-                rows.append(
-                    {
-                        "model": model,
-                        "precision": precision,
-                        "model_bytes": bundle.size_of_model,
-                        "rel_l2": max(item.rel_l2 for item in outputs),
-                        "images": result.accuracy.items,
-                        "pytorch": result.accuracy.pytorch,
-                        "bundle": result.accuracy.bundle,
-                    }
-                )
+                rel_l2 = max(item.rel_l2 for item in outputs)
+                rows.append(Row(model, precision, bundle.size_of_model, rel_l2, result.accuracy))
     title, facts = heading()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    document = {"benchmark": "digits_accuracy", **facts, "rows": rows}
+    document = {"benchmark": "digits_accuracy", **facts, "rows": [asdict(row) for row in rows]}
     (RESULTS / "digits_accuracy.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     lines = [
         "# Digits: accuracy of PyTorch and of the bundles",
@@ -57,8 +59,8 @@ def main() -> int:
     ]
     for row in rows:
         lines.append(
-            f"| {row['model']} | {row['precision']} | {row['model_bytes'] / 1024:.0f} | {row['rel_l2']:.1e} | "
-            f"{100 * row['pytorch']:.2f} % | {100 * row['bundle']:.2f} % |"
+            f"| {row.model} | {row.precision} | {row.model_bytes / 1024:.0f} | {row.rel_l2:.1e} | "
+            f"{100 * (row.accuracy.pytorch or 0):.2f} % | {100 * row.accuracy.bundle:.2f} % |"
         )
     lines += ["", "Made by `make bench`."]
     (RESULTS / "digits_accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

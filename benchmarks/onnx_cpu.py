@@ -57,7 +57,8 @@ MODELS = (
 )
 SUBJECTS = ("plain", "fp32", "bare", "int8")
 RESULTS = Path(__file__).parent / "results"
-RUNS_PER_TURN, SETTLING_RUNS, PAUSE_SECONDS = 5, 3, 0.1
+SETTLING_RUNS, PAUSE_SECONDS = 3, 0.1
+FEWEST_RUNS, MOST_RUNS, TURN_MS = 5, 100, 25.0  # a turn lasts about so long, within these numbers of runs
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -73,6 +74,7 @@ class Row:
     ratio_to_plain: dict[str, tuple[float, float, float]]
     session_over_bare: tuple[float, float, float]
     rel_l2: dict[str, float]
+    runs: int
     load_average: float | None
 
 
@@ -126,13 +128,14 @@ def _measure(model: str, threads: int, files: dict[str, Path], rounds: int) -> R
     inputs = next(iter(edgekit.load(files["int8"]).bundle.samples()))[0]
     errors = _verify(model, runs, inputs)
     load = load_average()
+    count = min(MOST_RUNS, max(FEWEST_RUNS, round(TURN_MS / float(np.median(_turn(runs["plain"], inputs, 9))))))
     series: dict[str, list[Series]] = {name: [] for name in runs}
     order, generator = list(runs), random.Random(0)
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
             time.sleep(PAUSE_SECONDS)
-            series[name].append(_turn(runs[name], inputs))
+            series[name].append(_turn(runs[name], inputs, count))
     flat = {name: float(np.median(np.concatenate(turns))) for name, turns in series.items()}
     return Row(
         model,
@@ -141,6 +144,7 @@ def _measure(model: str, threads: int, files: dict[str, Path], rounds: int) -> R
         {name: _ratio(series["plain"], series[name]) for name in SUBJECTS if name != "plain"},
         _ratio(series["bare"], series["fp32"]),
         errors,
+        rounds * count,
         load,
     )
 
@@ -168,11 +172,11 @@ def _verify(model: str, runs: Mapping[str, Run], inputs: Mapping[str, Array]) ->
     return errors
 
 
-def _turn(run: Run, inputs: Mapping[str, Array]) -> Series:
+def _turn(run: Run, inputs: Mapping[str, Array], count: int) -> Series:
     for _ in range(SETTLING_RUNS):
         run(inputs)
     times = []
-    for _ in range(RUNS_PER_TURN):
+    for _ in range(count):
         start = time.perf_counter_ns()
         run(inputs)
         times.append((time.perf_counter_ns() - start) / 1e6)
@@ -208,12 +212,12 @@ def heading() -> tuple[str, dict[str, Any]]:
 
 def _write(rows: list[Row], folder: Path, rounds: int) -> None:
     title, facts = heading()
+    fewest = min(row.runs for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": "onnx_cpu",
         **facts,
         "rounds": rounds,
-        "runs_per_turn": RUNS_PER_TURN,
         "rows": [asdict(row) for row in rows],
     }
     (folder / "onnx_cpu.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -222,9 +226,9 @@ def _write(rows: list[Row], folder: Path, rounds: int) -> None:
         "",
         title,
         "",
-        f"Batch 1, medians of {rounds * RUNS_PER_TURN} runs in {rounds} interleaved turns; ratios are to the plain",
-        "export (below 1 is faster), with 95 % intervals. Models without shipped weights have random weights and random",
-        "calibration: their timing is real, their classes are not. The last column is our session over a bare",
+        f"Batch 1, medians of at least {fewest} runs in {rounds} interleaved turns; ratios are to the plain",
+        "export (below 1 is faster), with 95 % intervals. Models without shipped weights have random weights and",
+        "random calibration: their timing is real, their classes are not. The last column is our session over a bare",
         "onnxruntime session on the same file.",
         "",
         "| model | threads | plain, ms | fp32, ms | fp32 / plain | int8, ms | int8 / plain | session / bare |",

@@ -8,68 +8,50 @@ measurements into it), so it alone carries no hash.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
+import errno
 import json
 import os
 import shutil
 import tempfile
-import zipfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from edgekit.errors import BundleError
-from edgekit.runtime.manifest import FileEntry, Manifest
+from edgekit.runtime.manifest import MANIFEST, REPORT, FileEntry, Manifest, safe_name
+from edgekit.runtime.samples import Samples
+from edgekit.runtime.storage import (
+    FolderStorage,
+    Storage,
+    measure,
+    sibling,
+    storage_of,
+    write_text_atomic,
+    write_zip,
+)
 
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "REPORT", "SAMPLES", "Bundle", "BundleWriter", "Samples", "bundle_stem"]
+
 SAMPLES = "samples.npz"
-REPORT = "report.json"
-_MANIFEST_LIMIT = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Stored inputs and what PyTorch answered: both map a tensor's name to an array with a leading sample axis.
-
-    Sample i of input `image` is `inputs["image"][i]`, with the batch axis that the model takes (usually 1).
-    """
-
-    inputs: dict[str, NDArray[Any]]
-    outputs: dict[str, NDArray[Any]]
-
-    def __len__(self) -> int:
-        return next((len(array) for array in self.inputs.values()), 0)
-
-    def __iter__(self) -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
-        for index in range(len(self)):
-            yield (
-                {name: array[index] for name, array in self.inputs.items()},
-                {name: array[index] for name, array in self.outputs.items()},
-            )
-
-    def save(self, path: Path) -> None:
-        """Write as .npz with the names `inputs/NAME` and `outputs/NAME`."""
-        arrays = {f"inputs/{name}": array for name, array in self.inputs.items()}
-        arrays |= {f"outputs/{name}": array for name, array in self.outputs.items()}
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its own options
+TEXT_LIMIT = 64 * 2**20  # bytes of the manifest, and of the report
+_NO_LIMIT = 2**63 - 1
+_ATTEMPTS = 50
 
 
 class Bundle:
     """An opened bundle. Use `Bundle.open(path)`; `bundle.manifest` says what is inside."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.path = storage.path
         self.manifest = manifest
+        self._storage = storage
 
     @property
     def packed(self) -> bool:
         """Whether the bundle is one zip file rather than a folder."""
-        return self.path.is_file()
+        return not isinstance(self._storage, FolderStorage)
 
     @property
     def name(self) -> str:
@@ -98,20 +80,15 @@ class Bundle:
         """
         if isinstance(path, Bundle):
             return path
-        path = Path(path)
-        if not path.exists():
-            raise BundleError(
-                f"no bundle at {path}; make one with: edgekit export MODEL --target onnx -o {path.parent}"
-            )
-        bundle = cls(path, Manifest.from_json(_read_manifest(path), where=f"{path.name}/{MANIFEST}"))
+        storage = storage_of(Path(path))
+        bundle = cls(storage, _read_manifest(storage))
         bundle.check(hashes=check_hashes)
         return bundle
 
     def check(self, *, hashes: bool = True) -> None:
         """Compare sizes (and SHA-256 hashes) of all files with the manifest; raise `BundleError` at the first fault."""
         for name, entry in self.manifest.files.items():
-            with self._open(name) as stream:
-                size, digest = _measure(stream, limit=entry.size, digest=hashes)
+            size, digest = measure(self._storage.blocks(name, entry.size), digest=hashes)
             if size != entry.size:
                 kind = "truncated" if size < entry.size else "larger than exported"
                 raise BundleError(
@@ -125,51 +102,33 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The bytes of a listed file."""
-        if name not in self.manifest.files:
-            raise BundleError(f"{self.path.name} lists no file {name!r}; it has {', '.join(self.manifest.files)}")
-        with self._open(name) as stream:
-            return stream.read()
+        return self._storage.read(name, self._entry(name).size)
 
     def file(self, name: str) -> Path | None:
         """The path of a listed file, or None in a packed bundle."""
-        if self.packed:
-            return None
+        self._entry(name)
+        return None if self.packed else self.path / name
+
+    def _entry(self, name: str) -> FileEntry:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path.name} lists no file {name!r}; it has {', '.join(self.manifest.files)}")
-        return self.path / name
+        return self.manifest.files[name]
 
     def samples(self) -> Samples:
         """The stored inputs and PyTorch outputs. A bundle without them gives empty `Samples`."""
         if SAMPLES not in self.manifest.files:
             return Samples({}, {})
-        arrays: dict[str, dict[str, NDArray[Any]]] = {"inputs": {}, "outputs": {}}
-        try:
-            with np.load(io.BytesIO(self.read(SAMPLES)), allow_pickle=False) as data:
-                for key in data.files:
-                    side, _, name = key.partition("/")
-                    if side not in arrays or not name:
-                        raise BundleError(f"{self.path.name}/{SAMPLES} holds the unexpected array {key!r}")
-                    arrays[side][name] = data[key]
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, BundleError):
-                raise
-            raise BundleError(f"{self.path.name}/{SAMPLES} cannot be read without pickle ({error})") from error
-        lengths = {len(array) for side in arrays.values() for array in side.values() if array.ndim}
-        if len(lengths) > 1:
-            raise BundleError(f"{self.path.name}/{SAMPLES} holds different numbers of samples: {sorted(lengths)}")
-        return Samples(arrays["inputs"], arrays["outputs"])
+        return Samples.load(self.read(SAMPLES), self.manifest, where=f"{self.path.name}/{SAMPLES}")
 
     def report(self) -> dict[str, Any]:
         """What was measured so far (`report.json`): empty where nothing was."""
+        if not self._storage.has(REPORT):
+            return {}
         try:
-            if self.packed:
-                with zipfile.ZipFile(self.path) as archive:
-                    text = archive.read(REPORT).decode() if REPORT in archive.namelist() else "{}"
-            else:
-                path = self.path / REPORT
-                text = path.read_text(encoding="utf-8") if path.exists() else "{}"
-            data = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            data = json.loads(self._storage.read(REPORT, TEXT_LIMIT).decode("utf-8"))
+        except BundleError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{self.path.name}/{REPORT} is not valid JSON ({error}); delete it") from error
         if not isinstance(data, dict):
             raise BundleError(f"{self.path.name}/{REPORT} must hold a JSON object; delete it")
@@ -183,64 +142,58 @@ class Bundle:
         report = self.report()
         report[section] = data
         try:
-            write_text_atomic(self.path / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            write_text_atomic(self.path / REPORT, _json(report))
         except OSError:
             return False
         return True
 
     def pack(self, destination: Path | None = None) -> Bundle:
-        """Write the bundle as one zip (`NAME.edge.zip` beside the folder by default) and open it."""
+        """Write the bundle as one zip (`NAME.edge.zip` beside the folder by default) and open it.
+
+        Bundles of the same content give the same bytes. Raises `BundleError` where the zip cannot be written, or
+        something else stands at its place; nothing is left then.
+        """
         if self.packed:
             return self
         destination = destination or self.path.with_name(self.path.name + ".zip")
-        names = [MANIFEST, *self.manifest.files]
-        if (self.path / REPORT).exists():
-            names.append(REPORT)
-        temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+        if os.path.lexists(destination) and not _is_bundle(destination):
+            raise BundleError(f"{destination} exists and is no bundle; move it away or choose another name")
+        self.check()
+        temporary = sibling(destination)
         try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name in names:
-                    # A fixed date: packing the same bundle twice gives the same bytes.
-                    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-                    info.compress_type = zipfile.ZIP_DEFLATED
-                    with (self.path / name).open("rb") as source, archive.open(info, "w", force_zip64=True) as target:
-                        shutil.copyfileobj(source, target, 2**20)
+            write_zip(temporary, self._contents())
+            manifest = Bundle.open(temporary, check_hashes=False).manifest  # what was packed must read back
             temporary.replace(destination)
+        except OSError as error:
+            raise BundleError(
+                f"cannot write {destination}: {error.strerror or error}; nothing was left there"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
-        return Bundle.open(destination)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return Bundle(storage_of(destination), manifest)
 
-    @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
-        if self.packed:
-            try:
-                with zipfile.ZipFile(self.path) as archive, archive.open(name) as stream:
-                    yield stream
-            except KeyError:
-                raise BundleError(f"{self.path.name} has no {name}, which its manifest lists; copy it again") from None
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise BundleError(f"{self.path.name}/{name} is corrupt ({error}); copy it again") from error
-            return
-        path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{self.path.name}/{name} is a link that leaves the bundle's folder; refusing to read it")
-        if not path.is_file():
-            raise BundleError(f"{self.path.name} has no {name}, which its manifest lists; copy or export it again")
-        with path.open("rb") as stream:
-            yield stream
+    def _contents(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        yield MANIFEST, iter([self.manifest.to_json().encode("utf-8")])
+        for name, entry in self.manifest.files.items():
+            yield name, self._storage.blocks(name, entry.size)
+        if self._storage.has(REPORT):
+            yield REPORT, self._storage.blocks(REPORT, TEXT_LIMIT)
 
 
 class BundleWriter:
-    """Builds a bundle in a temporary folder beside its place and moves it there when complete.
+    """Builds a bundle in a hidden temporary folder beside its place and moves it there when complete.
 
     Use as a context manager; leaving it with an error (or an interrupt) removes the temporary folder, and whatever
-    stood at the destination before is still there.
+    stood at the destination before is still there. The manifest is written last: a folder whose export was killed has
+    none, so that nobody takes it for a bundle.
     """
 
     def __init__(self, destination: Path) -> None:
         self.destination = destination
         self._folder: Path | None = None
         self._roles: dict[str, str] = {}
+        self._replaced: list[Path] = []
 
     @property
     def folder(self) -> Path:
@@ -251,55 +204,97 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         destination = self.destination
-        if destination.exists() and not (destination / MANIFEST).is_file():
-            raise BundleError(f"{destination} exists and is no bundle; move it away or choose another -o folder")
         try:
+            self._check_destination()
             destination.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
             self._folder.chmod(0o755)
-        except OSError as error:
-            raise BundleError(f"cannot write to {destination.parent}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, BundleError):
+                raise
+            raise BundleError(
+                f"cannot write to {destination.parent}: {getattr(error, 'strerror', None) or error}; "
+                "choose another folder, or make this one writable"
+            ) from error
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for path in reversed(self._replaced):
+            if not os.path.lexists(self.destination):  # stopped between two renames
+                with contextlib.suppress(OSError):
+                    path.rename(self.destination)
+            shutil.rmtree(path, ignore_errors=True)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._folder, self._replaced = None, []
 
     def add(self, name: str, role: str) -> Path:
         """Announce a file and get the path to write it to."""
+        if not safe_name(name) or name in (MANIFEST, REPORT) or name in self._roles:
+            raise BundleError(f"cannot add a file {name!r} to a bundle: it must be a new name inside the folder")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._roles[name] = role
-        return self.folder / name
+        return path
 
     def preview(self, manifest: Manifest) -> Bundle:
-        """Hash the announced files, write the manifest, and open the unfinished bundle where it is being built."""
+        """Hash the announced files and open the unfinished bundle where it is being built."""
+        storage = FolderStorage(self.folder)
         files = {}
         for name, role in self._roles.items():
-            with (self.folder / name).open("rb") as stream:
-                size, digest = _measure(stream, limit=None, digest=True)
+            size, digest = measure(storage.blocks(name, _NO_LIMIT))
             files[name] = FileEntry(role, size, digest)
-        manifest = replace(manifest, files=files)
-        (self.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        return Bundle.open(self.folder)  # what was written must read back
+        text = replace(manifest, files=files).to_json()
+        # What will be written must read back.
+        return Bundle(storage, Manifest.from_json(text, where=f"{self.destination.name}/{MANIFEST}"))
 
     def finish(self, manifest: Manifest, report: dict[str, Any]) -> Bundle:
-        """Write manifest and report, and move the whole into place at once."""
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (self.folder / REPORT).write_text(text, encoding="utf-8")
+        """Write report and manifest, and move the whole into place at once.
+
+        Raises `BundleError` where that cannot be written; nothing is left then.
+        """
         manifest = self.preview(manifest).manifest
-        old: Path | None = None
-        if self.destination.exists():
-            old = self.folder.with_name(self.folder.name + ".old")
-            self.destination.rename(old)
         try:
-            self.folder.rename(self.destination)
-        except OSError:
-            if old is not None:
-                old.rename(self.destination)
-            raise
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-        return Bundle(self.destination, manifest)
+            (self.folder / REPORT).write_text(_json(report), encoding="utf-8")
+            (self.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            self._move_into_place()
+        except OSError as error:
+            raise BundleError(
+                f"cannot write {self.destination}: {error.strerror or error}; nothing was left there"
+            ) from error
+        return Bundle(FolderStorage(self.destination), manifest)
+
+    def _move_into_place(self) -> None:
+        """Rename the folder; what stands there is put aside first, and removed on leaving the block.
+
+        Another writer may do the same at the same time: each attempt fails cleanly, and the last one to rename wins.
+        """
+        for attempt in range(_ATTEMPTS):
+            self._check_destination()
+            try:
+                self.folder.rename(self.destination)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            else:
+                self._folder = None
+                return
+            aside = self.folder.with_name(f"{self.folder.name}.old{attempt}")
+            self._replaced.append(aside)
+            with contextlib.suppress(FileNotFoundError):  # the other writer put it aside
+                self.destination.rename(aside)
+        raise BundleError(f"other exports keep writing {self.destination}; run one at a time")
+
+    def _check_destination(self) -> None:
+        """Refuse to replace anything but a bundle: what is replaced is deleted."""
+        destination = self.destination
+        if destination.is_symlink():
+            raise BundleError(f"{destination} is a link; name the folder that it points to, or another -o folder")
+        for _ in range(_ATTEMPTS):
+            if not destination.exists() or (destination.is_dir() and _is_bundle(destination)):
+                return
+            time.sleep(0.001)  # another writer may be replacing it while we look
+        raise BundleError(f"{destination} exists and is no bundle; move it away or choose another -o folder")
 
 
 def bundle_stem(name: str, target: str, precision: str) -> str:
@@ -307,46 +302,25 @@ def bundle_stem(name: str, target: str, precision: str) -> str:
     return f"{name}-{target}" if precision == "fp32" else f"{name}-{target}-{precision}"
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _read_manifest(storage: Storage) -> Manifest:
+    if not storage.has(MANIFEST):
+        raise BundleError(f"{storage.path} has no {MANIFEST}: it is no edgekit bundle, or its export did not finish")
+    where = f"{storage.path.name}/{MANIFEST}"
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _measure(stream: IO[bytes], *, limit: int | None, digest: bool) -> tuple[int, str]:
-    """Size and SHA-256 of a stream, reading at most one block past `limit`, so that a packed file cannot unfold
-    without bound."""
-    sha, size = hashlib.sha256(), 0
-    while block := stream.read(2**20):
-        size += len(block)
-        if digest:
-            sha.update(block)
-        if limit is not None and size > limit:
-            break
-    return size, sha.hexdigest()
-
-
-def _read_manifest(path: Path) -> str:
-    if path.is_dir():
-        file = path / MANIFEST
-        if not file.is_file():
-            raise BundleError(f"{path} has no {MANIFEST}: it is no edgekit bundle, or its export did not finish")
-        raw = file.read_bytes()
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(MANIFEST) as stream:
-                raw = stream.read(_MANIFEST_LIMIT + 1)
-        except KeyError:
-            raise BundleError(f"{path} has no {MANIFEST} inside: it is a zip, but no edgekit bundle") from None
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise BundleError(f"{path} is neither a bundle folder nor a readable packed bundle ({error})") from error
-    if len(raw) > _MANIFEST_LIMIT:
-        raise BundleError(f"{path}/{MANIFEST} is larger than {_MANIFEST_LIMIT // 2**20} MiB; refusing to read it")
-    try:
-        return raw.decode("utf-8")
+        text = storage.read(MANIFEST, TEXT_LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BundleError(f"{path}/{MANIFEST} is not UTF-8 text ({error}); the bundle is damaged") from error
+        raise BundleError(f"{where} is not UTF-8 text ({error}); the bundle is damaged") from error
+    return Manifest.from_json(text, where=where)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a bundle stands there, damaged or of another version perhaps, but nothing of anybody else's."""
+    try:
+        data = json.loads(storage_of(path).read(MANIFEST, TEXT_LIMIT))
+    except (ValueError, RecursionError):  # BundleError is a ValueError
+        return False
+    return isinstance(data, dict) and {"schema", "target", "files"} <= data.keys()
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgekit.errors import NothingToCompareError
+from edgekit.errors import InputError, NothingToCompareError
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class OutputComparison:
 
     `max_abs`: largest absolute difference. `rel_l2`: L2 norm of the difference over that of the reference.
     `cosine`: cosine of the angle between both. `psnr_db`: peak signal-to-noise ratio in decibels, the peak being the
-    reference's largest magnitude; infinite for equal arrays. `top1_agreement`: share of rows with the same largest
-    entry, None where the output is no class score. Truthy when `rel_l2` is within `tolerance`.
+    reference's largest magnitude; infinite for equal arrays. `top1_agreement`: share of rows whose first largest entry
+    is a largest entry of the reference too, None where the output is no class score. `problem` says why nothing could
+    be compared; the figures are NaN then. Truthy when `rel_l2` is within `tolerance`.
     """
 
     name: str
@@ -39,43 +40,82 @@ class OutputComparison:
 def compare_arrays(
     name: str, reference: ArrayLike, actual: ArrayLike, *, tolerance: float, top1: bool = False
 ) -> OutputComparison:
-    """Compare one output. Arrays of different shapes, or NaN or infinity on one side only, never pass.
+    """Compare one output. Figures are in float64 and do not overflow.
+
+    Arrays of different shapes, NaN or infinity on one side only, and arrays without a finite value never pass. Where
+    both sides hold the same NaN or infinity, the figures are those of the other values.
 
     Args:
-        reference: what PyTorch answered, any shape.
+        reference: what PyTorch answered, any shape; floats, integers or booleans.
         actual: what the bundle answered, the same shape.
         tolerance: the largest relative L2 error that passes.
-        top1: the last axis holds class scores; count equal argmax.
+        top1: the last axis holds class scores; count rows with the same best class.
+
+    Raises:
+        InputError: values of another kind, such as complex numbers or texts.
     """
-    expected, got = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
+    expected, got = _as_float64(name, reference), _as_float64(name, actual)
     if expected.shape != got.shape:
         problem = f"the shape is {list(got.shape)}, PyTorch gave {list(expected.shape)}"
-        return _failed(name, tolerance, problem)
+        return failed_comparison(name, tolerance, problem)
     finite = np.isfinite(expected)
-    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(
-        expected[~finite], got[~finite], equal_nan=True
-    ):
-        bad = int(np.count_nonzero(finite & ~np.isfinite(got)))
-        lost = int(np.count_nonzero(~finite)) if not bad else bad
-        return _failed(name, tolerance, f"{lost} of {got.size} values are NaN or infinite on one side only")
-    agreement = None
-    if top1 and expected.ndim >= 1 and expected.shape[-1] > 1 and expected.size:
-        agreement = float(np.mean(expected.argmax(-1) == got.argmax(-1)))
-    x, y = expected[finite], got[finite]
+    odd = ~((expected == got) | (np.isnan(expected) & np.isnan(got))) & ~(finite & np.isfinite(got))
+    if odd.any():
+        problem = f"{int(np.count_nonzero(odd))} of {got.size} values are NaN or infinite on one side only"
+        return failed_comparison(name, tolerance, problem)
+    if not finite.any():
+        problem = "there are no values to compare" if not got.size else "PyTorch gave no finite value to compare with"
+        return failed_comparison(name, tolerance, problem)
+    agreement = _top1_agreement(expected, got) if top1 and expected.ndim and expected.shape[-1] > 1 else None
+    return _figures(name, expected[finite], got[finite], tolerance, agreement)
+
+
+def _as_float64(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"output {name!r}: expected floats, integers or booleans to compare, got {array.dtype}")
+    return array.astype(np.float64, copy=False)
+
+
+def _figures(
+    name: str, x: NDArray[np.float64], y: NDArray[np.float64], tolerance: float, agreement: float | None
+) -> OutputComparison:
+    """The figures of finite values, at least one: reference `x`, actual `y`, both flat."""
+    # A common power of two, which changes no digit, brings the largest value near 1: nothing overflows from here.
+    exponent = math.frexp(max(float(np.max(np.abs(x))), float(np.max(np.abs(y)))))[1]
+    x, y = np.ldexp(x, -exponent), np.ldexp(y, -exponent)
     difference = y - x
-    error, norm = float(np.linalg.norm(difference)), float(np.linalg.norm(x))
-    rel_l2 = error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
-    denominator = norm * float(np.linalg.norm(y))
-    cosine = float(np.dot(x, y)) / denominator if denominator > 0 else (1.0 if error == 0 else 0.0)
-    peak = float(np.max(np.abs(x), initial=0.0))
-    mse = float(np.mean(difference**2)) if x.size else 0.0
-    if mse == 0:
-        psnr = math.inf
+    error, norm, other = _norm(difference), _norm(x), _norm(y)
+    if error == 0:
+        rel_l2, cosine, psnr = 0.0, 1.0, math.inf
+    elif norm == 0 or other == 0:
+        rel_l2, cosine, psnr = (math.inf, 0.0, -math.inf) if norm == 0 else (1.0, 0.0, _psnr(x, error))
     else:
-        psnr = 10 * math.log10(peak**2 / mse) if peak > 0 else -math.inf
-    return OutputComparison(
-        name, float(np.max(np.abs(difference), initial=0.0)), rel_l2, min(cosine, 1.0), psnr, agreement, tolerance
-    )
+        rel_l2, psnr = error / norm, _psnr(x, error)
+        cosine = max(-1.0, min(1.0, float(np.dot(x / norm, y / other))))
+    try:
+        max_abs = math.ldexp(float(np.max(np.abs(difference))), exponent)
+    except OverflowError:
+        max_abs = math.inf
+    return OutputComparison(name, max_abs, rel_l2, cosine, psnr, agreement, tolerance)
+
+
+def _norm(values: NDArray[np.float64]) -> float:
+    """The L2 norm, without the underflow of squaring small values."""
+    peak = float(np.max(np.abs(values)))
+    return peak * float(np.linalg.norm(values / peak)) if peak > 0 else 0.0
+
+
+def _psnr(reference: NDArray[np.float64], error: float) -> float:
+    """Decibels between the reference's largest magnitude and the root of the mean squared error; both above 0."""
+    peak = float(np.max(np.abs(reference)))
+    return 20 * (math.log10(peak) - math.log10(error)) + 10 * math.log10(reference.size)
+
+
+def _top1_agreement(expected: NDArray[np.float64], got: NDArray[np.float64]) -> float:
+    """The share of rows whose best class (the first of equal ones) is among the reference's best."""
+    chosen = np.take_along_axis(expected, got.argmax(-1)[..., None], axis=-1)[..., 0]
+    return float(np.mean((chosen == expected.max(-1)) | (got.argmax(-1) == expected.argmax(-1))))
 
 
 def compare_outputs(
@@ -97,12 +137,13 @@ def compare_outputs(
     for name in [*reference, *(extra for extra in actual if extra not in reference)]:
         if name not in actual or name not in reference:
             side = "the bundle" if name not in actual else "the reference"
-            results.append(_failed(name, tolerance, f"{side} has no output of this name"))
+            results.append(failed_comparison(name, tolerance, f"{side} has no output of this name"))
             continue
         scores = top1 if isinstance(top1, bool) else name in top1
         results.append(compare_arrays(name, reference[name], actual[name], tolerance=tolerance, top1=scores))
     return tuple(results)
 
 
-def _failed(name: str, tolerance: float, problem: str) -> OutputComparison:
+def failed_comparison(name: str, tolerance: float, problem: str) -> OutputComparison:
+    """A comparison that could not be made, which never passes."""
     return OutputComparison(name, math.nan, math.nan, math.nan, math.nan, None, tolerance, problem)

@@ -9,18 +9,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from edgekit.errors import BundleError
 from edgekit.runtime.preprocess import ImagePreprocessing
 
+T = TypeVar("T")
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
 SCHEMA = 1
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
 
 Dim = int | str
+
+_INT64_MAX = 2**63 - 1
+# Tabs and line ends may stand in a label; the rest of C0 and C1 could rewrite what a terminal shows.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -134,28 +143,71 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, *, where: str = "manifest.json") -> Manifest:
         """Read and validate a manifest; every fault raises a `BundleError` that names the field."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BundleError(f"{where} is not valid JSON ({error}); the bundle is damaged, export it again") from error
-        if not isinstance(data, dict):
-            raise BundleError(f"{where} must hold a JSON object, got {type(data).__name__}")
+        data = _parse(text, where)
         schema = data.pop("schema", None)
         if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-            raise BundleError(f"{where} has no valid 'schema' number (got {schema!r}); is this an edgekit bundle?")
+            raise BundleError(
+                f"{where} has no valid 'schema' number (got {_short(schema)}); is this an edgekit bundle?"
+            )
         if schema > SCHEMA:
             raise BundleError(
-                f"{where} has schema {schema}, this edgekit reads up to {SCHEMA}; upgrade with: pip install -U edgekit"
+                f"{where} has schema {_short(schema)}, this edgekit reads up to {SCHEMA}; "
+                "upgrade with: pip install -U edgekit"
             )
         return _Reader(where).manifest(data)
 
 
 def safe_name(name: str) -> bool:
-    """Whether `name` is a relative POSIX path that stays inside the bundle's folder."""
-    if not name or "\\" in name or "\0" in name or ":" in name:
+    """Whether `name` is a relative POSIX path that stays inside the bundle's folder, on every system."""
+    if not name or "\\" in name or ":" in name or not name.isprintable():
         return False
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in `text`, without NaN, repeated keys, broken Unicode or characters that steer a terminal."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return found
+
+    try:
+        data = json.loads(text, object_pairs_hook=unique)
+        # Python reads NaN, 1e999 and lone surrogates without complaint; writing them strictly brings them out.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        strange = next((value for value in _texts(data) if _CONTROL.search(value)), None)
+    except RecursionError:
+        raise BundleError(f"{where} is nested too deeply; it is no manifest of edgekit's") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeEncodeError and the limit on digits are all ValueErrors
+        raise BundleError(f"{where} is not valid JSON ({error}); the bundle is damaged, export it again") from error
+    if strange is not None:
+        raise BundleError(f"{where} holds control characters in {_short(strange)}; refusing to show or use them")
+    if not isinstance(data, dict):
+        raise BundleError(f"{where} must hold a JSON object, got {_short(data)}")
+    return data
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in JSON data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _short(value: object) -> str:
+    """`repr`, cut so that a message stays readable whatever an edited manifest holds."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxlong = 100
+    return cut.repr(value)
 
 
 def _plain(value: Any) -> Any:
@@ -179,144 +231,170 @@ class _Reader:
     def manifest(self, data: dict[str, Any]) -> Manifest:
         self._known(data, Manifest, "")
         dims = {
-            name: self._dim_range(entry, f"dims.{name}") for name, entry in self._get(data, "dims", dict, "").items()
+            self._text(name, "dims"): self._dim_range(entry, f"dims.{name}.")
+            for name, entry in self._get(data, "dims", dict).items()
         }
-        files = {name: self._file(name, entry) for name, entry in self._get(data, "files", dict, "").items()}
-        labels = data.get("labels")
-        manifest = Manifest(
-            name=self._get(data, "name", str, ""),
-            model=self._model(self._get(data, "model", dict, "")),
-            target=self._get(data, "target", str, ""),
-            precision=self._get(data, "precision", str, ""),
-            inputs=tuple(self._tensors(data, "inputs", dims)),
-            outputs=tuple(self._tensors(data, "outputs", dims)),
+        return Manifest(
+            name=self._word(data, "name"),
+            model=self._model(self._get(data, "model", dict)),
+            target=self._word(data, "target"),
+            precision=self._word(data, "precision"),
+            inputs=self._tensors(data, "inputs", dims),
+            outputs=self._tensors(data, "outputs", dims),
             dims=dims,
-            labels=None if labels is None else tuple(self._strings(labels, "labels")),
-            opsets={str(k): v for k, v in self._get(data, "opsets", dict, "").items() if self._int(v, "opsets")},
-            ir_version=data.get("ir_version"),
-            ops={str(k): v for k, v in self._get(data, "ops", dict, "").items() if self._int(v, f"ops.{k}")},
+            labels=self._optional(data, "labels", self._strings),
+            opsets=self._counts(data, "opsets"),
+            ir_version=self._optional(data, "ir_version", self._int),
+            ops=self._counts(data, "ops"),
             custom_ops=tuple(self._custom_ops(data)),
-            files=files,
-            tools={str(k): str(v) for k, v in self._get(data, "tools", dict, "").items()},
-            calibration=data.get("calibration"),
-            verification=self._get(data, "verification", dict, ""),
+            files=self._files(self._get(data, "files", dict)),
+            tools={k: self._text(v, f"tools.{k}") for k, v in self._get(data, "tools", dict).items()},
+            calibration=self._optional(data, "calibration", self._text),
+            verification=self._get(data, "verification", dict),
         )
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", manifest.name):
-            raise self._bad("name", "letters, digits, '.', '_' and '-'", manifest.name)
-        return manifest
 
     def _bad(self, path: str, expected: str, got: object) -> BundleError:
-        return BundleError(f"{self.where}: field {path!r} must be {expected}, got {got!r}; the bundle was edited")
+        field = f"{self.where}: field {_short(path)}"
+        return BundleError(f"{field} must be {expected}, got {_short(got)}; the bundle was edited")
 
-    def _get(self, data: dict[str, Any], key: str, kind: type, prefix: str) -> Any:
-        path = f"{prefix}{key}"
-        if key not in data:
-            raise BundleError(f"{self.where}: field {path!r} is missing; the bundle is damaged, export it again")
-        value = data[key]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._bad(path, f"of type {kind.__name__}", value)
+    def _known(self, data: dict[str, Any], cls: type, prefix: str) -> None:
+        """Exactly the fields of `cls`: `to_json` writes them all."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(data.keys() - fields):
+            raise BundleError(f"{self.where}: unknown field {_short(prefix + unknown[0])}; the bundle was edited")
+        if missing := sorted(fields - data.keys()):
+            raise BundleError(f"{self.where}: field {_short(prefix + missing[0])} is missing; export the bundle again")
+
+    def _get(self, data: dict[str, Any], key: str, kind: type, prefix: str = "") -> Any:
+        if not isinstance(data[key], kind):
+            raise self._bad(prefix + key, "an object" if kind is dict else "a list", data[key])
+        return data[key]
+
+    def _optional(self, data: dict[str, Any], key: str, read: Callable[[Any, str], T], prefix: str = "") -> T | None:
+        return None if data[key] is None else read(data[key], prefix + key)
+
+    def _object(self, value: object, cls: type, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._bad(prefix.removesuffix("."), "an object", value)
+        self._known(value, cls, prefix)
         return value
 
-    def _int(self, value: object, path: str) -> bool:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._bad(path, "an integer", value)
-        return True
+    def _text(self, value: object, path: str) -> str:
+        if not isinstance(value, str):
+            raise self._bad(path, "a text", value)
+        return value
 
-    def _known(self, data: dict[str, Any], cls: type, path: str) -> None:
-        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise BundleError(f"{self.where}: unknown field(s) {', '.join(path + name for name in unknown)}")
+    def _word(self, data: dict[str, Any], key: str) -> str:
+        value = self._text(data[key], key)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise self._bad(key, "letters, digits, '.', '_' and '-'", value)
+        return value
 
-    def _strings(self, values: object, path: str) -> list[str]:
+    def _int(self, value: object, path: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _INT64_MAX:
+            raise self._bad(path, "an integer of 64 bits", value)
+        return value
+
+    def _count(self, value: object, path: str) -> int:
+        if self._int(value, path) < 0:
+            raise self._bad(path, "at least 0", value)
+        return self._int(value, path)
+
+    def _counts(self, data: dict[str, Any], key: str) -> dict[str, int]:
+        return {name: self._count(value, f"{key}.{name}") for name, value in self._get(data, key, dict).items()}
+
+    def _strings(self, values: object, path: str) -> tuple[str, ...]:
         if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-            raise self._bad(path, "a list of strings", values)
-        return values
+            raise self._bad(path, "a list of texts", values)
+        return tuple(values)
 
-    def _dim_range(self, entry: object, path: str) -> DimRange:
-        if not isinstance(entry, dict):
-            raise self._bad(path, "an object with min and max", entry)
-        low, high = entry.get("min"), entry.get("max")
-        if not isinstance(low, int) or low < 0 or not (high is None or (isinstance(high, int) and high >= low)):
-            raise self._bad(path, "an object with 0 <= min <= max", entry)
+    def _dim_range(self, entry: object, prefix: str) -> DimRange:
+        data = self._object(entry, DimRange, prefix)
+        low, high = self._count(data["min"], f"{prefix}min"), self._optional(data, "max", self._count, prefix)
+        if high is not None and high < low:
+            raise self._bad(f"{prefix}max", f"at least the min, {low}", high)
         return DimRange(low, high)
 
+    def _files(self, entries: dict[str, Any]) -> dict[str, FileEntry]:
+        files = {name: self._file(name, entry) for name, entry in entries.items()}
+        if sum(entry.role == "model" for entry in files.values()) != 1:
+            raise self._bad("files", "an object with one file of the role 'model'", sorted(files))
+        return files
+
     def _file(self, name: str, entry: object) -> FileEntry:
-        path = f"files.{name}"
         if not safe_name(name):
             raise BundleError(
-                f"{self.where}: the file name {name!r} leaves the bundle's folder or is not portable; refusing to open it"
+                f"{self.where}: the file name {_short(name)} leaves the bundle's folder or is not portable; "
+                "refusing to open it"
             )
-        if not isinstance(entry, dict):
-            raise self._bad(path, "an object", entry)
-        self._known(entry, FileEntry, f"{path}.")
-        digest = self._get(entry, "sha256", str, f"{path}.")
-        size = self._get(entry, "size", int, f"{path}.")
-        if size < 0:
-            raise self._bad(f"{path}.size", "a number of bytes", size)
+        if name in (MANIFEST, REPORT):
+            raise BundleError(f"{self.where}: {name} cannot be listed in 'files'; the bundle was edited")
+        prefix = f"files.{name}."
+        data = self._object(entry, FileEntry, prefix)
+        role, digest = self._text(data["role"], f"{prefix}role"), self._text(data["sha256"], f"{prefix}sha256")
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise self._bad(f"{path}.sha256", "64 hexadecimal digits", digest)
-        return FileEntry(self._get(entry, "role", str, f"{path}."), size, digest)
+            raise self._bad(f"{prefix}sha256", "64 hexadecimal digits", digest)
+        return FileEntry(role, self._count(data["size"], f"{prefix}size"), digest)
 
     def _model(self, data: dict[str, Any]) -> ModelInfo:
         self._known(data, ModelInfo, "model.")
-        weights = self._get(data, "weights", dict, "model.")
-        self._known(weights, WeightsInfo, "model.weights.")
+        weights = self._object(data["weights"], WeightsInfo, "model.weights.")
         return ModelInfo(
-            source=self._get(data, "source", str, "model."),
+            source=self._text(data["source"], "model.source"),
             weights=WeightsInfo(
-                source=self._get(weights, "source", str, "model.weights."),
-                sha256=self._get(weights, "sha256", str, "model.weights."),
-                seed=weights.get("seed"),
-                file=weights.get("file"),
+                source=self._text(weights["source"], "model.weights.source"),
+                sha256=self._text(weights["sha256"], "model.weights.sha256"),
+                seed=self._optional(weights, "seed", self._int, "model.weights."),
+                file=self._optional(weights, "file", self._text, "model.weights."),
             ),
-            parameters=self._get(data, "parameters", int, "model."),
-            macs=data.get("macs"),
+            parameters=self._count(data["parameters"], "model.parameters"),
+            macs=self._optional(data, "macs", self._count, "model."),
             options=self._get(data, "options", dict, "model."),
         )
 
-    def _tensors(self, data: dict[str, Any], key: str, dims: dict[str, DimRange]) -> list[TensorSpec]:
-        specs = []
-        for index, entry in enumerate(self._get(data, key, list, "")):
-            path = f"{key}[{index}]"
-            if not isinstance(entry, dict):
-                raise self._bad(path, "an object", entry)
-            self._known(entry, TensorSpec, f"{path}.")
-            dtype = self._get(entry, "dtype", str, f"{path}.")
-            if dtype not in DTYPES:
-                raise self._bad(f"{path}.dtype", f"one of {', '.join(DTYPES)}", dtype)
-            shape = self._get(entry, "shape", list, f"{path}.")
-            for dim in shape:
-                is_size = isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0
-                if not is_size and not (isinstance(dim, str) and (dim in dims or key == "outputs")):
-                    raise self._bad(f"{path}.shape", "sizes and names listed in 'dims'", shape)
-            recipe = entry.get("preprocessing")
-            specs.append(
-                TensorSpec(
-                    name=self._get(entry, "name", str, f"{path}."),
-                    dtype=dtype,
-                    shape=tuple(shape),
-                    layout=entry.get("layout"),
-                    preprocessing=None if recipe is None else ImagePreprocessing.from_json(recipe),
-                )
-            )
-        if not specs:
-            raise self._bad(key, "a list with at least one tensor", [])
-        return specs
+    def _tensors(self, data: dict[str, Any], key: str, dims: dict[str, DimRange]) -> tuple[TensorSpec, ...]:
+        entries = enumerate(self._get(data, key, list))
+        # The sizes of outputs may be expressions, such as N + 1; those of inputs are names that have a range.
+        specs = [self._tensor(entry, f"{key}[{i}].", dims if key == "inputs" else None) for i, entry in entries]
+        names = [spec.name for spec in specs]
+        if not specs or len(set(names)) < len(names):
+            raise self._bad(key, "a list with at least one tensor, each with a name of its own", names)
+        return tuple(specs)
 
-    def _custom_ops(self, data: dict[str, Any]) -> list[CustomOp]:
-        ops = []
-        for index, entry in enumerate(self._get(data, "custom_ops", list, "")):
-            path = f"custom_ops[{index}]."
-            if not isinstance(entry, dict):
-                raise self._bad(path, "an object", entry)
-            self._known(entry, CustomOp, path)
-            ops.append(
-                CustomOp(
-                    domain=self._get(entry, "domain", str, path),
-                    name=self._get(entry, "name", str, path),
-                    version=self._get(entry, "version", int, path),
-                    nodes=self._get(entry, "nodes", int, path),
-                    kernels=tuple(self._strings(entry.get("kernels", []), f"{path}kernels")),
-                )
+    def _tensor(self, entry: object, prefix: str, dims: dict[str, DimRange] | None) -> TensorSpec:
+        data = self._object(entry, TensorSpec, prefix)
+        dtype = self._text(data["dtype"], f"{prefix}dtype")
+        if dtype not in DTYPES:
+            raise self._bad(f"{prefix}dtype", f"one of {', '.join(DTYPES)}", dtype)
+        shape = self._get(data, "shape", list, prefix)
+        for dim in shape:
+            if isinstance(dim, str) and (dims is None or dim in dims):
+                continue
+            if isinstance(dim, str):
+                raise self._bad(f"{prefix}shape", "sizes and names listed in 'dims'", shape)
+            self._count(dim, f"{prefix}shape")
+        return TensorSpec(
+            name=self._text(data["name"], f"{prefix}name"),
+            dtype=dtype,
+            shape=tuple(shape),
+            layout=self._optional(data, "layout", self._text, prefix),
+            preprocessing=self._optional(data, "preprocessing", self._preprocessing, prefix),
+        )
+
+    def _preprocessing(self, recipe: Any, path: str) -> ImagePreprocessing:
+        try:
+            return ImagePreprocessing.from_json(recipe)
+        except BundleError as error:
+            raise BundleError(f"{self.where}: {path.removesuffix('preprocessing')}{error}") from error
+
+    def _custom_ops(self, data: dict[str, Any]) -> Iterator[CustomOp]:
+        for index, entry in enumerate(self._get(data, "custom_ops", list)):
+            prefix = f"custom_ops[{index}]."
+            item = self._object(entry, CustomOp, prefix)
+            yield CustomOp(
+                domain=self._text(item["domain"], f"{prefix}domain"),
+                name=self._text(item["name"], f"{prefix}name"),
+                version=self._count(item["version"], f"{prefix}version"),
+                nodes=self._count(item["nodes"], f"{prefix}nodes"),
+                kernels=self._strings(item["kernels"], f"{prefix}kernels"),
             )
-        return ops

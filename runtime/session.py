@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ class Session(ABC):
         return top_k(scores[0], k, self.bundle.manifest.labels)
 
     def random_inputs(self, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
-        """Standard normal inputs (integers: 0 and 1) of the manifest's shapes; symbolic sizes default to their minimum."""
+        """Seeded inputs of the manifest's shapes: see `edgekit.runtime.session.random_inputs`."""
         return random_inputs(self.inputs, self.bundle.manifest.dims, seed=seed, sizes=sizes)
 
 
@@ -88,9 +87,9 @@ def load(bundle: str | os.PathLike[str] | Bundle, *, backend: str | None = None,
         UnknownNameError: no such backend.
         MissingDependencyError: the backend's library is not installed.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
-    opened = Bundle.open(bundle if isinstance(bundle, Bundle) else Path(bundle))
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads must be at least 1, got {threads!r}")
+    opened = Bundle.open(bundle)
     if backend not in (None, "onnxruntime"):
         raise UnknownNameError("backend", str(backend), ["onnxruntime"])
     if opened.manifest.target not in ("onnx",):
@@ -104,7 +103,12 @@ def check_inputs(
     specs: Mapping[str, tuple[TensorSpec, np.dtype[Any]]], inputs: Mapping[str, Array], dims: Mapping[str, DimRange]
 ) -> None:
     """Raise `InputError` unless `inputs` has exactly the specified names, dtypes and shapes."""
-    if inputs.keys() != specs.keys():
+    try:
+        named = inputs.keys() == specs.keys()
+    except AttributeError:  # asking first would cost every run more than all other checks
+        name = next(iter(specs))
+        raise InputError(f"expected inputs by name, such as {{{name!r}: array}}; got {type(inputs).__name__}") from None
+    if not named:
         wanted = ", ".join(str(spec) for spec, _ in specs.values())
         raise InputError(f"expected the inputs {wanted}; got {', '.join(map(repr, inputs)) or 'none'}")
     sizes: dict[str, int] = {}
@@ -143,13 +147,20 @@ def random_inputs(
     for name, size in chosen.items():
         if name not in dims:
             raise InputError(f"unknown dimension {name!r}; this bundle has {', '.join(dims) or 'fixed shapes only'}")
+        if not isinstance(size, int | np.integer):
+            raise InputError(f"the size of {name} must be an integer, got {size!r}")
         if size not in dims[name]:
             raise InputError(f"{name}={size} is outside {dims[name]}, the range this bundle was exported for")
-    result: dict[str, Array] = {}
-    for spec in specs:
-        shape = tuple(chosen[dim] if isinstance(dim, str) else dim for dim in spec.shape)
-        if spec.dtype.startswith("float"):
-            result[spec.name] = generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
-        else:
-            result[spec.name] = generator.integers(0, 2, shape).astype(spec.dtype)
-    return result
+    try:
+        return {spec.name: _draw(generator, spec, chosen) for spec in specs}
+    except (ValueError, MemoryError) as error:  # numpy's words for an array that no memory holds
+        raise InputError(
+            f"cannot make inputs of {', '.join(map(str, specs))}: {error}; choose smaller sizes"
+        ) from error
+
+
+def _draw(generator: np.random.Generator, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+    if spec.dtype.startswith("float"):
+        return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
+    return generator.integers(0, 2, shape).astype(spec.dtype)

@@ -6,14 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit.errors import InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
-from edgekit.runtime.compare import OutputComparison, compare_outputs
+from edgekit.runtime.compare import OutputComparison, compare_outputs, failed_comparison
 from edgekit.runtime.datasets import Dataset
 from edgekit.runtime.session import Array, Session, load
 from edgekit.runtime.tolerances import output_tolerance
@@ -85,7 +84,7 @@ class Verification:
         return bool(self.checks) and all(self.checks) and (self.layers is None or bool(self.layers))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: infinities and NaN become None."""
+        """Plain data for strict JSON: infinities and NaN become None."""
         data = finite(asdict(self))
         data["passed"] = bool(self)
         return data  # type: ignore[no-any-return]
@@ -111,19 +110,30 @@ def check_outputs(
     run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
     tolerance: float,
 ) -> Check:
-    """Run each input of `pairs` and compare with the reference beside it, all inputs taken together."""
+    """Run each input of `pairs` and compare with the reference beside it, all inputs taken together.
+
+    Raises `NothingToCompareError` where there are no inputs, or no output in common.
+    """
     expected: dict[str, list[Array]] = {}
     got: dict[str, list[Array]] = {}
     count = 0
-    for inputs, reference in pairs:
+    for inputs, answers in pairs:
         count += 1
-        for store, outputs in ((expected, reference), (got, run(inputs))):
+        for store, outputs in ((expected, answers), (got, run(inputs))):
             for name, array in outputs.items():
                 store.setdefault(name, []).append(np.asarray(array))
     if not count:
         raise NothingToCompareError(f"nothing to compare with {against}: there are no inputs")
-    scores = frozenset(name for name, arrays in expected.items() if is_class_scores(arrays[0]))
-    return Check(against, count, compare_outputs(_stack(expected), _stack(got), tolerance=tolerance, top1=scores))
+    failed = {}
+    for name in expected.keys() & got.keys():
+        shapes, wanted = ([array.shape for array in side[name]] for side in (got, expected))
+        if shapes != wanted:
+            problem = f"the shapes are {_shapes_text(shapes)}, PyTorch gave {_shapes_text(wanted)}"
+            failed[name] = failed_comparison(name, tolerance, problem)
+    reference, actual = _join(expected), _join(got)
+    scores = frozenset(name for name, array in reference.items() if is_class_scores(array))
+    compared = compare_outputs(reference, actual, tolerance=tolerance, top1=scores)
+    return Check(against, count, tuple(failed.get(item.name, item) for item in compared))
 
 
 def is_class_scores(array: Array) -> bool:
@@ -176,7 +186,7 @@ def verify(
     bundle: str | os.PathLike[str] | Bundle, *, data: Dataset | None = None, threads: int | None = None
 ) -> Verification:
     """Verify on a device without torch: the stored samples, and the accuracy where labelled data is given."""
-    session = load(bundle if isinstance(bundle, Bundle) else Path(bundle), threads=threads)
+    session = load(bundle, threads=threads)
     accuracy = measure_accuracy(session, data) if data is not None else None
     manifest = session.bundle.manifest
     return Verification(
@@ -199,10 +209,14 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _stack(outputs: dict[str, list[Array]]) -> dict[str, Array]:
-    """One array per output: stacked where all shapes agree, otherwise flattened end to end."""
+def _join(outputs: Mapping[str, list[Array]]) -> dict[str, Array]:
+    """One array per output: along the first axis where the others agree, otherwise flattened end to end."""
     result = {}
     for name, arrays in outputs.items():
-        same = len({array.shape for array in arrays}) == 1
-        result[name] = np.stack(arrays) if same else np.concatenate([array.ravel() for array in arrays])
+        alike = len({array.shape[1:] for array in arrays}) == 1 and all(array.ndim for array in arrays)
+        result[name] = np.concatenate(arrays if alike else [array.ravel() for array in arrays])
     return result
+
+
+def _shapes_text(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))

@@ -1,0 +1,271 @@
+"""Manifests: what is written reads back, and whatever else arrives is a BundleError, never another exception."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekit.errors import BundleError
+from edgekit.runtime.manifest import (
+    SCHEMA,
+    CustomOp,
+    DimRange,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    TensorSpec,
+    WeightsInfo,
+    safe_name,
+)
+from edgekit.runtime.preprocess import ImagePreprocessing
+
+FULL = Manifest(
+    name="tiny",
+    model=ModelInfo("zoo", WeightsInfo("random", "a" * 64, seed=3), parameters=15, macs=12, options={"depth": [1, 2]}),
+    target="onnx",
+    precision="int8",
+    inputs=(
+        TensorSpec(
+            "image",
+            "float32",
+            ("N", 1, 8, 8),
+            "NCHW",
+            ImagePreprocessing(size=(8, 8), color="gray", mean=(0.5,), std=(0.25,)),
+        ),
+        TensorSpec("mask", "bool", ("N",)),
+    ),
+    outputs=(TensorSpec("logits", "float32", ("N", 2)), TensorSpec("grown", "float32", ("N + 1", 2))),
+    dims={"N": DimRange(1, 4), "S": DimRange(0)},
+    labels=("no", "日本"),
+    opsets={"ai.onnx": 20},
+    ir_version=10,
+    ops={"Gemm": 1},
+    custom_ops=(CustomOp("edgekit", "SelectiveScan", 1, 2, ("ort",)),),
+    files={"model.onnx": FileEntry("model", 3, "b" * 64), "samples.npz": FileEntry("samples", 0, "c" * 64)},
+    tools={"torch": "2.9"},
+    calibration="ten images",
+    verification={"checked": True, "outputs": [{"rel_l2": 1e-7, "psnr_db": None}]},
+)
+
+
+def data_of(manifest: Manifest = FULL) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(manifest.to_json())
+    return data
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in JSON data."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [prefix, *(path for key, child in children for path in paths(child, (*prefix, key)))]
+
+
+def put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of `data` with another value at `path`."""
+    if not path:
+        return value
+    result = copy.deepcopy(data)
+    place = result
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return result
+
+
+ALL_PATHS = paths(data_of())
+STRANGE: list[Any] = [None, True, -1, 0, 2**70, 1.5, "", "x", "../x", "N", [], [[]], [None], {}, {"x": 1}, {"": None}]
+
+
+def test_full_manifest_reads_back() -> None:
+    assert Manifest.from_json(FULL.to_json()) == FULL
+
+
+def test_equal_manifests_give_equal_text() -> None:
+    assert copy.deepcopy(FULL).to_json() == FULL.to_json()
+
+
+def try_to_read(text: str) -> None:
+    """Loads to something that can be used and written again, or raises BundleError."""
+    try:
+        manifest = Manifest.from_json(text, where="x.edge/manifest.json")
+    except BundleError as error:
+        refused = str(error)
+    else:
+        refused = None
+    if refused is not None:
+        assert "x.edge/manifest.json" in refused
+        assert len(refused) < 500
+        return
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.files[manifest.model_file].role == "model"
+    for spec in (*manifest.inputs, *manifest.outputs):
+        assert str(spec)
+        assert spec.preprocessing is None or spec.preprocessing.describe()
+
+
+@pytest.mark.parametrize("path", ALL_PATHS, ids=lambda path: ".".join(map(str, path)) or "all")
+def test_any_field_of_another_type(path: tuple[Any, ...]) -> None:
+    for value in STRANGE:
+        try_to_read(json.dumps(put(data_of(), path, value)))
+
+
+@pytest.mark.parametrize("path", ALL_PATHS[1:], ids=lambda path: ".".join(map(str, path)))
+def test_any_field_deleted(path: tuple[Any, ...]) -> None:
+    data = data_of()
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    try_to_read(json.dumps(data))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(path=st.sampled_from(ALL_PATHS), value=JSON)
+@settings(max_examples=400, deadline=None)
+def test_any_value_anywhere(path: tuple[Any, ...], value: Any) -> None:
+    try_to_read(json.dumps(put(data_of(), path, value)))
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_text(text: str) -> None:
+    try_to_read(text)
+
+
+def test_every_prefix_is_refused() -> None:
+    text = FULL.to_json().rstrip()
+    for length in range(len(text)):
+        with pytest.raises(BundleError):
+            Manifest.from_json(text[:length])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (("model", "macs"), "many", "model.macs"),
+        (("model", "weights", "seed"), [1], "model.weights.seed"),
+        (("model", "weights", "file"), 7, "model.weights.file"),
+        (("model", "parameters"), 10**30, "model.parameters"),
+        (("ir_version",), {}, "ir_version"),
+        (("calibration",), 1, "calibration"),
+        (("inputs", 0, "layout"), 1, "inputs[0].layout"),
+        (("inputs", 0, "shape"), ["M"], "inputs[0].shape"),
+        (("inputs", 0, "shape"), [2**64], "inputs[0].shape"),
+        (("inputs", 0, "shape"), [True], "inputs[0].shape"),
+        (("inputs", 1, "name"), "image", "inputs"),
+        (("inputs", 0, "dtype"), "complex64", "inputs[0].dtype"),
+        (("inputs", 0, "preprocessing", "std"), [0], "inputs[0].preprocessing.std"),
+        (("inputs", 0, "preprocessing"), "none", "inputs[0].preprocessing"),
+        (("outputs",), [], "outputs"),
+        (("dims", "N", "min"), True, "dims.N.min"),
+        (("dims", "N"), {"min": 2, "max": 1}, "dims.N.max"),
+        (("dims", "N"), {"min": 1, "max": 2, "step": 3}, "dims.N.step"),
+        (("tools", "torch"), 2.9, "tools.torch"),
+        (("labels",), ["a", 1], "labels"),
+        (("custom_ops", 0, "kernels"), "ort", "custom_ops[0].kernels"),
+        (("files", "model.onnx", "size"), -1, "files.model.onnx.size"),
+        (("files", "model.onnx", "sha256"), "B" * 64, "files.model.onnx.sha256"),
+        (("files", "model.onnx", "role"), "weights", "files"),
+        (("files", "samples.npz", "role"), "model", "files"),
+        (("target",), "../onnx", "target"),
+        (("name",), "..", "name"),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_the_message_names_the_field(path: tuple[Any, ...], value: Any, field: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(put(data_of(), path, value)), where="a.edge/manifest.json")
+    assert field in str(caught.value)
+    assert "a.edge/manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+        ('{"schema": NaN}', "not valid JSON"),
+        ('{"schema": 1e999}', "not valid JSON"),
+        ('{"schema": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"schema": 1, "schema": 1}', "twice"),
+        ('{"schema": 1, "name": "\\ud800"}', "not valid JSON"),
+        ('{"schema": 1, "name": "\\u001b[2J"}', "control characters"),
+        ("\ufeff{}", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "is this an edgekit bundle"),
+        ('{"schema": true}', "is this an edgekit bundle"),
+        ('{"schema": 0}', "is this an edgekit bundle"),
+        (json.dumps({"schema": SCHEMA + 1}), "pip install -U edgekit"),
+        ('{"schema": 1}', "is missing"),
+    ],
+    ids=lambda item: item[:20],
+)
+def test_broken_json(text: str, words: str) -> None:
+    with pytest.raises(BundleError, match=words) as caught:
+        Manifest.from_json(text)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"unknown field 'model\.arch'"):
+        Manifest.from_json(json.dumps(put(data_of(), ("model", "arch"), "x")))
+
+
+@pytest.mark.parametrize("path", [("tools",), ("ops", "Gemm"), ("labels",), ("files",)], ids=str)
+def test_a_message_stays_short(path: tuple[str, ...]) -> None:
+    long = "k" * 10**6
+    for value in (long, [1] * 10**5, {long: 1}, {long: {}}):
+        with pytest.raises(BundleError) as caught:
+            Manifest.from_json(json.dumps(put(data_of(), path, value)))
+        assert len(str(caught.value)) < 500
+
+
+UNSAFE = (
+    "", ".", "..", "../x", "a/../x", "/x", "//x", "a//b", "./x", "a/", "a\\b", "..\\x", "C:x", "C:\\x", "a\0b", "a\nb",
+    "a\x1b[2J",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAFE, ids=repr)
+def test_unsafe_file_names(name: str) -> None:
+    assert not safe_name(name)
+    data = data_of()
+    data["files"][name] = data["files"]["samples.npz"]
+    with pytest.raises(BundleError):
+        Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "a/b.bin", "..a", "a b", "日本.onnx"])
+def test_safe_file_names(name: str) -> None:
+    assert safe_name(name)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+def test_files_that_cannot_be_listed(name: str) -> None:
+    data = data_of()
+    data["files"][name] = data["files"]["samples.npz"]
+    with pytest.raises(BundleError, match=name):
+        Manifest.from_json(json.dumps(data))
+
+
+def test_dim_range() -> None:
+    assert [size in DimRange(1, 3) for size in range(5)] == [False, True, True, True, False]
+    assert 10**9 in DimRange(2)
+    assert (str(DimRange(1, 3)), str(DimRange(2))) == ("1..3", "2..")
+
+
+def test_a_manifest_without_a_model_file() -> None:
+    with pytest.raises(BundleError, match="no file with the role 'model'"):
+        _ = dataclasses.replace(FULL, files={}).model_file
