@@ -7,11 +7,14 @@ loads neither torch nor onnx; a call does.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.preprocess import ImagePreprocessing
 
 TARGETS = ("onnx",)
+REQUIRED = ("torch", "onnx", "onnxscript", "onnxsim", "safetensors")
 
 __all__ = ["TARGETS", "export"]
 
@@ -45,7 +49,8 @@ def export(
     """Export a model to a bundle `out/NAME-TARGET[-PRECISION].edge`, checked against PyTorch before it appears.
 
     Args:
-        model: a zoo name, an `nn.Module`, `package.module:factory`, or a path to a `.pt2` program.
+        model: a zoo name, an `nn.Module` (a copy is exported: yours stays as it is), `package.module:factory`, a path
+            to a `.pt2` program, or a folder as Hugging Face's `save_pretrained` writes it (needs transformers).
         target: `onnx`.
         out: the folder to put the bundle into. A bundle of the same name there is replaced, at once and whole.
         precision: `fp32`; `fp16` (weights and activations in half precision, but softmax, norms, means and sums in
@@ -76,6 +81,7 @@ def export(
         ExportError: the model could not be converted, or the result differs from PyTorch. Nothing is left behind.
         MissingDependencyError: the extra `export` is not installed.
     """
+    _require_extra()
     from edgekit.export.api import export_model
 
     return export_model(
@@ -95,6 +101,12 @@ def export(
         progress=progress,
         overrides=overrides,
     )
+
+
+def _require_extra() -> None:
+    for package in REQUIRED:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "export", "exporting a model")
 
 
 class _CallablePackage(types.ModuleType):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 import time
 from collections import Counter
@@ -19,16 +20,17 @@ import torch
 
 import edgekit
 from edgekit import models
-from edgekit.errors import ExportError, MissingDependencyError, ShapeError, UnknownNameError
+from edgekit.errors import ExportError, InputError, MissingDependencyError, ShapeError, UnknownNameError
 from edgekit.export import TARGETS
 from edgekit.export import onnx as onnx_target
+from edgekit.export.calling import output_names, tensor_leaves
 from edgekit.export.cost import measure_cost
-from edgekit.export.data import digits, image_preprocessing, load_calibration
+from edgekit.export.data import digits, load_calibration
 from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
-from edgekit.export.source import LoadedModel, load_model, tensor_leaves
+from edgekit.export.source import LoadedModel, load_model
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
-from edgekit.runtime.manifest import Manifest
+from edgekit.runtime.manifest import Manifest, TensorSpec
 from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import load
 from edgekit.runtime.tolerances import PRECISIONS
@@ -45,7 +47,7 @@ class _Plan:
     shapes: tuple[InputShape, ...]
     preprocessing: ImagePreprocessing | None
     labels: tuple[str, ...] | None
-    opset: int | None
+    opset: int
     seed: int
     check: bool
     step: Callable[[str], None]
@@ -75,7 +77,12 @@ def export_model(
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     if calibration is not None and precision != "int8":
-        raise ExportError(f"calibration data is for --precision int8; this export is {precision}")
+        raise InputError(f"calibration data is for --precision int8; this export is {precision}")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(
+            f"a bundle's name has letters, digits, '.', '_' and '-' and starts with one of the first two; got {name!r}"
+        )
+    opset = onnx_target.choose_opset(opset)
     step = progress or (lambda _: None)
     step("load the model")
     loaded = load_model(model, weights=weights, seed=seed, overrides=overrides)
@@ -86,7 +93,7 @@ def export_model(
     if precision == "int8":
         step("read calibration data")
         dataset = loaded.entry.dataset if loaded.entry else None
-        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset)
+        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset, batch=_batch(plan))
     destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
     try:
         if precision == "fp32":
@@ -101,44 +108,57 @@ def _plan(
     shapes: str | Sequence[str] | None,
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | ImagePreprocessing | None,
-    opset: int | None,
+    opset: int,
     seed: int,
     check: bool,
     step: Callable[[str], None],
 ) -> _Plan:
-    entry = loaded.entry
+    defaults = loaded.defaults
     if loaded.program is not None:
         if shapes is not None:
             raise ShapeError(f"{loaded.source} fixed its shapes when it was exported; leave --shape out")
         parsed = program_shapes(loaded.program)
     elif shapes is not None:
         parsed = parse_shapes(shapes)
-    elif entry is not None:
-        parsed = (InputShape(entry.input.name, (1, entry.input.channels, entry.input.size, entry.input.size)),)
     else:
+        parsed = (defaults.shape,) if defaults.shape is not None else ()
+    if not parsed:
         raise ShapeError(
             f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"
         )
     recipe: ImagePreprocessing | None
-    if isinstance(preprocessing, Mapping):
-        recipe = ImagePreprocessing.from_json(dict(preprocessing))
-    elif preprocessing is None and entry is not None:
-        recipe = _zoo_preprocessing(entry.input.channels, parsed[0], image_preprocessing(entry))
+    if preprocessing is None:
+        recipe = defaults.preprocessing and _at_size(defaults.preprocessing, parsed[0])
     else:
+        if isinstance(preprocessing, Mapping):
+            preprocessing = ImagePreprocessing.from_json(preprocessing)
+        _check_recipe(preprocessing, parsed[0])
         recipe = preprocessing
-    if labels is None and entry is not None and "num_classes" not in loaded.options:
-        labels = entry.labels
-    return _Plan(loaded, parsed, recipe, tuple(labels) if labels else None, opset, seed, check, step)
+    if isinstance(labels, str):
+        raise InputError(f"labels must be a list of names, got the text {labels!r}")
+    names = tuple(labels) if labels is not None else defaults.labels
+    return _Plan(loaded, parsed, recipe, names or None, opset, seed, check, step)
 
 
-def _zoo_preprocessing(channels: int, shape: InputShape, recipe: ImagePreprocessing) -> ImagePreprocessing | None:
-    """The zoo's recipe at the size that was asked for; None where the input is no image of fixed size any more."""
-    if len(shape.dims) != 4 or shape.dims[1] != channels:
+def _at_size(recipe: ImagePreprocessing, shape: InputShape) -> ImagePreprocessing | None:
+    """The model's own recipe at the size asked for; None where the input is no image of fixed size any more."""
+    if len(shape.dims) != 4 or shape.dims[1] != recipe.channels:
         return None
     height, width = shape.dims[2:]
     if not isinstance(height, int) or not isinstance(width, int):
         return None
     return replace(recipe, size=(height, width))
+
+
+def _check_recipe(recipe: ImagePreprocessing, shape: InputShape) -> None:
+    made = recipe.output_shape
+    fits = len(shape.dims) == 4 and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(shape.dims[1:], made[1:], strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"the preprocessing makes {list(made)}, the model's first input is {shape}; change one of them"
+        )
 
 
 def _export_fp32(plan: _Plan, destination: Path) -> Bundle:
@@ -165,15 +185,19 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
 
             graph = to_fp16(graph)
         else:
-            from edgekit.export.int8 import check_calibration, to_int8
+            from edgekit.export.int8 import to_int8
 
             assert data is not None  # export_model reads it for int8
-            data = check_calibration(data, [shape.name for shape in plan.shapes])
-            graph = to_int8(graph, data)
+            graph = to_int8(graph, data, batch=_batch(plan))
         graph = onnx_target.finalize(graph, metadata=_metadata(plan, precision))
         calibration = data.source if data is not None else None
         manifest = replace(reference.manifest, precision=precision, calibration=calibration, files={}, verification={})
-        bundle, check = _write(writer, plan, manifest, graph, reference.samples())
+        samples = (
+            reference.samples()
+            if data is None
+            else _answers(plan, [spec.name for spec in reference.manifest.outputs], _first_items(plan, data))
+        )
+        bundle, check = _write(writer, plan, manifest, graph, samples)
         plan.step(f"compare {precision} with fp32")
         cost = measure_cost(plan.loaded, reference, bundle, data)
         report = {
@@ -185,7 +209,7 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
 
 def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
     tensors = onnx_target.example_inputs(plan.shapes, seed=plan.seed)
-    names = onnx_target.output_names(plan.loaded.call(tensors))
+    names = _check_answers(plan.loaded, tensors)
     order = plan.loaded.bind(tensors)[2]
     if plan.loaded.entry is not None and names == ["output"]:
         names = ["logits"]
@@ -199,10 +223,39 @@ def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
     return onnx_target.convert(program, [by_name[key] for key in order], names=names, opset=plan.opset), names
 
 
+def _check_answers(loaded: LoadedModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the outputs. Raises `ExportError` where the model is no function of its inputs alone."""
+    given = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = {name: buffer.clone() for name, buffer in loaded.module.named_buffers()}
+    outputs = loaded.call(tensors)
+    names = output_names(outputs, tensors)
+    answers = [leaf.clone() for leaf in tensor_leaves(outputs)]
+    if changed := [name for name, tensor in tensors.items() if not _equal(tensor, given[name])]:
+        raise ExportError(f"{loaded.name} changes its input {changed[0]!r} in place; let forward work on a copy of it")
+    if changed := [name for name, buffer in loaded.module.named_buffers() if not _equal(buffer, state[name])]:
+        raise ExportError(
+            f"{loaded.name} changes its buffer {changed[0]!r} when it runs; a bundle keeps no state between runs: make "
+            "it an input and an output"
+        )
+    if not all(map(_equal, answers, tensor_leaves(loaded.call(tensors)))):
+        raise ExportError(
+            f"{loaded.name} answers the same input differently each time, so that nothing can be compared; take the "
+            "random numbers out of forward, or make them an input"
+        )
+    return names
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return np.array_equal(a.cpu().numpy(), b.cpu().numpy(), equal_nan=a.is_floating_point())
+
+
 def _samples(plan: _Plan, names: list[str]) -> Samples:
     """A few inputs (real ones where the model has a data set) and what the original, unfused model answers."""
     plan.step("store samples")
-    items = _sample_inputs(plan)
+    return _answers(plan, names, _sample_inputs(plan))
+
+
+def _answers(plan: _Plan, names: Sequence[str], items: Sequence[Mapping[str, torch.Tensor]]) -> Samples:
     inputs: dict[str, list[np.ndarray[Any, Any]]] = {}
     outputs: dict[str, list[np.ndarray[Any, Any]]] = {}
     for tensors in items:
@@ -212,6 +265,19 @@ def _samples(plan: _Plan, names: list[str]) -> Samples:
         for key, leaf in zip(names, leaves, strict=True):
             outputs.setdefault(key, []).append(leaf.numpy())
     return Samples({k: np.stack(v) for k, v in inputs.items()}, {k: np.stack(v) for k, v in outputs.items()})
+
+
+def _first_items(plan: _Plan, data: Dataset) -> list[dict[str, torch.Tensor]]:
+    """The first items of the calibration data as samples: int8 answers only inputs like these."""
+    parts = islice(data.batches(_batch(plan)), SAMPLE_COUNT)
+    return [{name: torch.from_numpy(array) for name, array in part.inputs.items()} for part in parts]
+
+
+def _batch(plan: _Plan) -> int:
+    """How many items of a data set one run takes: the first axis, at its smallest size."""
+    shape = plan.shapes[0]
+    first = shape.dims[0] if shape.dims else 1
+    return first if isinstance(first, int) else shape.ranges[first].min
 
 
 def _sample_inputs(plan: _Plan) -> list[dict[str, torch.Tensor]]:
@@ -234,6 +300,7 @@ def _manifest(plan: _Plan, exported: onnx_target.OnnxExport, precision: str, cal
         at_zoo_size = plan.shapes[0].dims[2:] == (entry.input.size, entry.input.size)
         macs = entry.macs if at_zoo_size else None
     inputs = list(exported.inputs)
+    _check_labels(plan.labels, exported.outputs)
     if plan.preprocessing is not None:
         inputs[0] = replace(inputs[0], preprocessing=plan.preprocessing)
     return Manifest(
@@ -248,6 +315,12 @@ def _manifest(plan: _Plan, exported: onnx_target.OnnxExport, precision: str, cal
         tools=_tools(),
         calibration=calibration,
     )
+
+
+def _check_labels(labels: Sequence[str] | None, outputs: Sequence[TensorSpec]) -> None:
+    classes = [spec.shape[-1] for spec in outputs if len(spec.shape) == 2 and isinstance(spec.shape[-1], int)]
+    if labels is not None and classes and len(labels) not in classes:
+        raise InputError(f"there are {len(labels)} labels for the model's {classes[0]} classes; name each class once")
 
 
 def _write(

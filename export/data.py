@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.errors import ExportError, InputError
+from edgekit.errors import InputError
 from edgekit.export.shapes import InputShape
 from edgekit.models.registry import ModelEntry
 from edgekit.runtime.datasets import Dataset, load_dataset
@@ -16,6 +16,7 @@ from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import random_inputs
 
 RANDOM_ITEMS = 16
+MAX_CALIBRATION_ITEMS = 256
 NAMED = {"digits": "scikit-learn's handwritten digits"}
 
 
@@ -69,11 +70,39 @@ def load_calibration(
     shapes: Sequence[InputShape],
     preprocessing: ImagePreprocessing | None,
     dataset: str | None,
+    *,
+    batch: int = 1,
 ) -> Dataset:
-    """Calibration data for int8: a folder of images, an .npz, `digits`, `random`, or the model's own `dataset`."""
+    """Calibration data for int8: a folder of images, an .npz, `digits`, `random`, or the model's own `dataset`.
+
+    At most `MAX_CALIBRATION_ITEMS`, drawn with a fixed seed, in the dtypes of `shapes`; a whole number of batches.
+
+    Raises `InputError` for none, for data that do not fit the model, and for less than one batch.
+    """
+    data = _read_calibration(calibration, shapes, preprocessing, dataset)
+    arrays = {}
+    for shape in shapes:
+        array = data.inputs[shape.name]
+        if not np.can_cast(array.dtype, shape.dtype, casting="same_kind"):
+            raise InputError(f"{data.source} holds {array.dtype} for {shape}; store it as {shape.dtype}")
+        arrays[shape.name] = array.astype(shape.dtype, copy=False)
+    if len(data) < batch:
+        raise InputError(
+            f"{data.source} holds {len(data)} items, the model takes {batch} at once; give at least as many"
+        )
+    kept = min(len(data), max(batch, MAX_CALIBRATION_ITEMS)) // batch * batch
+    return Dataset(arrays, None, data.source).take(kept)
+
+
+def _read_calibration(
+    calibration: str | Path | None,
+    shapes: Sequence[InputShape],
+    preprocessing: ImagePreprocessing | None,
+    dataset: str | None,
+) -> Dataset:
     if calibration is None:
         if dataset is None:
-            raise ExportError(
+            raise InputError(
                 "int8 needs calibration data: pass --calibration with a folder of typical images or an .npz of inputs "
                 "(100 to 300 items; 'random' works for timing only, its accuracy means nothing)"
             )

@@ -11,6 +11,7 @@ from edgekit.export.onnx import quiet
 FP32_OPS = (
     "Softmax",
     "LogSoftmax",
+    "Attention",
     "LayerNormalization",
     "SimplifiedLayerNormalization",
     "RMSNormalization",
@@ -38,52 +39,83 @@ FP32_OPS = (
     "Log",
 )
 
+# Where all that reads them is fp32, these are too: squares before a mean, a mask before a softmax.
+ELEMENTWISE = ("Add", "Sub", "Mul")
+
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert to half precision; inputs and outputs keep their dtype.
 
-    Fp32 remain: `FP32_OPS`, and products of two activations (attention scores, the states of linear attention), which
-    sum over tokens. Products with weights are fp16: runtimes accumulate those in fp32 (onnxruntime on x86 runs them in
-    fp32 altogether; TensorRT and Core ML decide by their own settings).
+    Fp32 remain: `FP32_OPS`; products of two activations (attention scores, the states of linear attention), which sum
+    over tokens; and sums and products of elements that only these read. Products with weights are fp16: runtimes
+    accumulate those in fp32 (onnxruntime on x86 runs them in fp32 altogether; TensorRT and Core ML decide by their own
+    settings).
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    constants = {item.name for item in model.graph.initializer}
-    constants |= {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
-    products = [
-        node.name
-        for node in model.graph.node
-        if node.op_type == "MatMul" and not any(name in constants for name in node.input)
-    ]
     half: onnx.ModelProto
     with quiet():
         half = convert_float_to_float16(
             model,
             keep_io_types=True,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FP32_OPS],
-            node_block_list=products,
+            node_block_list=_fp32_nodes(model.graph),
         )
+    _drop_repeated_casts(half)
     _drop_round_trips(half)
     OnnxModel(half).topological_sort()
     return half
 
 
+def _fp32_nodes(graph: onnx.GraphProto) -> list[str]:
+    """The names of the nodes that stay fp32 because of what they read, or of what reads them."""
+    constants = {item.name for item in graph.initializer}
+    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.name)
+    chosen: list[str] = []
+    fp32 = {node.name for node in graph.node if node.op_type in FP32_OPS}
+    for node in reversed(graph.node):  # readers come before what they read
+        product = node.op_type == "MatMul" and not constants.intersection(node.input)
+        read_by = [reader for name in node.output for reader in readers.get(name, [])]
+        if product or (node.op_type in ELEMENTWISE and read_by and fp32.issuperset(read_by)):
+            chosen.append(node.name)
+            fp32.add(node.name)
+    return chosen
+
+
+def _drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """The converter writes the same cast once for each fp32 op that reads a tensor, under one name; keep the first."""
+    seen: set[str] = set()
+    for node in list(model.graph.node):
+        if node.op_type == "Cast" and node.output[0] in seen:
+            model.graph.node.remove(node)
+        seen.update(node.output)
+
+
 def _drop_round_trips(model: onnx.ModelProto) -> None:
     """Let an fp32 op read its fp32 predecessor directly where the converter put fp32 -> fp16 -> fp32 between them."""
     producers = {name: node for node in model.graph.node for name in node.output}
-    rename: dict[str, str] = {}
-    for node in model.graph.node:
-        if not _casts(node, TensorProto.FLOAT):
-            continue
-        before = producers.get(node.input[0])
-        if before is not None and _casts(before, TensorProto.FLOAT16) and _is_converters(before):
-            rename[node.output[0]] = before.input[0]
     outputs = {value.name for value in model.graph.output}
+    read: dict[str, str] = {}
+    written: dict[str, str] = {}
+    for node in list(model.graph.node):
+        before = producers.get(node.input[0]) if _casts(node, TensorProto.FLOAT) else None
+        if before is None or not _casts(before, TensorProto.FLOAT16) or not _is_converters(before):
+            continue
+        source, result = before.input[0], node.output[0]
+        if result not in outputs:
+            read[result] = source
+        elif source in producers and source not in outputs and source not in written:
+            # An output keeps its name, so the op before the casts takes it over.
+            written[source] = result
+            model.graph.node.remove(node)
     for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name in rename and not set(node.output) & outputs:
-                node.input[index] = rename[name]
+        node.input[:] = [written.get(read.get(name, name), read.get(name, name)) for name in node.input]
+        node.output[:] = [written.get(name, name) for name in node.output]
     _remove_dead_casts(model, outputs)
 
 

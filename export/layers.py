@@ -17,6 +17,7 @@ import torch
 from edgekit import models
 from edgekit.errors import NothingToCompareError
 from edgekit.export import onnx as onnx_target
+from edgekit.export.onnx import inner_name
 from edgekit.export.shapes import InputShape, program_shapes
 from edgekit.export.source import LoadedModel
 from edgekit.runtime.bundle import Bundle
@@ -27,19 +28,13 @@ from edgekit.runtime.tolerances import layer_tolerance
 from edgekit.runtime.verification import LayerComparison, LayerReport
 
 # Views of other tensors say nothing new; comparing them would fill the table with repetitions.
-_VIEWS = (
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "split",
-    "getitem",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-    "expand",
-    "t.",
-)
+# fmt: off
+_VIEWS = frozenset((
+    "_unsafe_view", "alias", "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "permute",
+    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten",
+    "unsqueeze", "view",
+))
+# fmt: on
 
 
 def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
@@ -57,17 +52,18 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     produced = {name for node in graph.graph.node for name in node.output if name}
     # The graph's outputs carry the names of the bundle instead of their node's.
     outputs = dict(zip(program.graph_signature.user_outputs, (spec.name for spec in manifest.outputs), strict=True))
-    tensors = {name: outputs.get(name, name) for name in recorder.values}
-    shared = {name: tensor for name, tensor in tensors.items() if tensor in produced}
+    outer = {*outputs.values(), *(spec.name for spec in manifest.inputs)}
+    tensors = {name: outputs.get(name) or (inner_name(name) if name in outer else name) for name in recorder.values}
+    shared = {name: _dequantized(tensor, produced) for name, tensor in tensors.items() if tensor in produced}
+    if not shared:
+        raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
     actual = _run_with_outputs(graph, inputs, list(shared.values()), set(outputs.values()))
     tolerance = layer_tolerance(manifest.precision)
     layers = []
     for name, tensor in shared.items():
         node, value = recorder.nodes[name], recorder.values[name]
-        comparison = compare_arrays(tensor, value, actual[tensor], tolerance=tolerance)
+        comparison = compare_arrays(name, value, actual[tensor], tolerance=tolerance)
         layers.append(LayerComparison(name, _module_path(node), _op_name(node), value.shape, comparison))
-    if not layers:
-        raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
     return LayerReport(tuple(layers), tolerance, next((layer for layer in layers if not layer), None))
 
 
@@ -102,7 +98,7 @@ class _Recorder(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
-        is_layer = n.op == "call_function" and not any(word in str(n.target) for word in _VIEWS)
+        is_layer = n.op == "call_function" and _op_name(n) not in _VIEWS
         if is_layer and isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() > 1:
             self.values[n.name] = result.detach().numpy()
             self.nodes[n.name] = n
@@ -125,4 +121,13 @@ def _module_path(node: torch.fx.Node) -> str:
 
 
 def _op_name(node: torch.fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    """`conv2d` for torch.ops.aten.conv2d.default, `getitem` for Python's own."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _dequantized(tensor: str, produced: set[str]) -> str:
+    """The tensor as later int8 layers see it: quantization clips it, which also does the work of a removed ReLU."""
+    name = f"{tensor}_DequantizeLinear_Output"
+    return name if name in produced else tensor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import logging
 import re
 import warnings
@@ -13,17 +15,27 @@ from typing import Any
 import onnx
 import onnxsim
 import torch
-from torch.utils import _pytree
 
-from edgekit.errors import ExportError, ShapeError
+from edgekit.errors import ExportError, InputError, ShapeError
+from edgekit.export.calling import bind_inputs, first_line
 from edgekit.export.shapes import InputShape
-from edgekit.export.source import bind_inputs
 from edgekit.runtime.manifest import Dim, DimRange, TensorSpec
 
 DEFAULT_OPSET = 20
 # onnxruntime's CPU kernels take these; 19 has no exporter, 27 and above are refused at load.
 OPSETS = (18, 20, 21, 22, 23, 24)
 MAX_BYTES = 2 * 10**9  # protobuf's limit for one file is 2 GiB
+
+_TALKATIVE = (
+    "onnx_ir",
+    "onnxscript",
+    "torch._dynamo",
+    "torch._export",
+    "torch.export",
+    "torch.fx",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx",
+)
 
 
 @dataclass(frozen=True)
@@ -42,64 +54,70 @@ def example_inputs(shapes: Sequence[InputShape], *, seed: int = 0, large: bool =
     Args:
         large: give each dynamic dimension a size of at least 2 where its range allows, because torch.export takes a
             size of 1 for a constant; otherwise its smallest size.
+
+    Raises:
+        ShapeError: sizes that no memory holds.
     """
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for shape in shapes:
         sizes = [_example_size(shape.ranges[dim], large) if isinstance(dim, str) else dim for dim in shape.dims]
         dtype: torch.dtype = getattr(torch, shape.dtype)
-        if dtype.is_floating_point:
-            result[shape.name] = torch.randn(sizes, generator=generator).to(dtype)
-        else:
-            result[shape.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+        try:
+            if dtype.is_floating_point:
+                result[shape.name] = torch.randn(sizes, generator=generator).to(dtype)
+            else:
+                result[shape.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+        except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # torch's words for what is too large
+            raise ShapeError(f"cannot make an input of {shape}: {first_line(error)}; choose smaller sizes") from error
     return result
-
-
-def output_names(outputs: Any) -> list[str]:
-    """Names for a model's outputs from its return value: dict keys and field names, else `output`, `output_1`, ..."""
-    names: list[str] = []
-    for path, leaf in _pytree.tree_flatten_with_path(outputs)[0]:
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        words = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-        name = "_".join(filter(None, words)) or "output"
-        names.append(f"output_{name}" if name.isdigit() else re.sub(r"\W", "_", name))
-    if not names:
-        raise ExportError("the model returns no tensor")
-    if len(set(names)) < len(names):
-        return [f"output_{index}" for index in range(len(names))]
-    return names
 
 
 def trace(module: torch.nn.Module, shapes: Sequence[InputShape], *, seed: int = 0) -> torch.export.ExportedProgram:
     """torch.export with the dynamic dimensions of `shapes`. Raises `ShapeError` or `ExportError` in plain words."""
     tensors = example_inputs(shapes, seed=seed, large=True)
-    args, kwargs, order = bind_inputs(module, tensors)
+    args, kwargs, _ = bind_inputs(module, tensors)
     try:
         with torch.no_grad():
             module(*args, **kwargs)
     except Exception as error:  # whatever the user's forward raises on these shapes
-        raise ShapeError(f"the model does not run on {', '.join(map(str, shapes))}: {_first_line(error)}") from error
-    by_name = {shape.name: shape for shape in shapes}
+        tried = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ShapeError(
+            f"the model does not run on {tried}: {first_line(error)}. A dimension that the model fixes must be written "
+            "as a number in --shape"
+        ) from error
     dims: dict[str, torch.export.Dim] = {}
-    per_input = []
-    for name in order:
-        axes = {}
-        for axis, dim in enumerate(by_name[name].dims):
+    axes: dict[str, dict[int, torch.export.Dim]] = {shape.name: {} for shape in shapes}
+    for shape in shapes:
+        for axis, dim in enumerate(shape.dims):
             if isinstance(dim, str):
-                limits = by_name[name].ranges[dim]
-                axes[axis] = dims.setdefault(dim, torch.export.Dim(dim, min=limits.min, max=limits.max))
-        per_input.append(axes)
-    dynamic: Any = dict(zip(order, per_input, strict=True)) if kwargs else tuple(per_input)
+                limits = shape.ranges[dim]
+                axes[shape.name][axis] = dims.setdefault(dim, torch.export.Dim(dim, min=limits.min, max=limits.max))
+    # The axes take the places of the tensors they describe, however `forward` is called.
+    axes_args, axes_kwargs, _ = bind_inputs(module, axes)
+    signature = inspect.signature(module.forward)
+    if dims and (free := sorted(axes_kwargs.keys() - signature.parameters.keys())):  # torch.export loses track of them
+        raise ShapeError(
+            f"{type(module).__name__}.forward takes {', '.join(free)} as **kwargs, which cannot have dynamic "
+            "dimensions; name them in its signature, or write fixed sizes in --shape"
+        )
+    dynamic = dict(signature.bind(*axes_args, **axes_kwargs).arguments)
     try:
         with quiet():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic if dims else None)
     except Exception as error:  # torch.export raises from several private hierarchies
         raise ExportError(
-            f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}\n"
-            "Data-dependent Python control flow must become torch.where or torch.cond; a dimension that the model "
-            "fixes must be written as a number in --shape."
+            f"torch.export cannot trace {type(module).__name__}: {_trace_reason(str(error), list(dims))}"
         ) from error
+
+
+def choose_opset(opset: int | None) -> int:
+    """The opset to write: `DEFAULT_OPSET` for None. Raises `InputError` for one that is not in `OPSETS`."""
+    if opset is None:
+        return DEFAULT_OPSET
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
+    return opset
 
 
 def convert(
@@ -116,22 +134,23 @@ def convert(
         names: names of the outputs.
         opset: one of `OPSETS`; None takes `DEFAULT_OPSET`.
     """
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
+    opset = choose_opset(opset)
+    # Inner tensors are named after the program's nodes and may hold the names wanted outside: those come last.
+    inputs = [f"edgekit.in.{index}" for index in range(len(shapes))]
+    outputs = [f"edgekit.out.{index}" for index in range(len(names))]
     try:
         with quiet():
             exported = torch.onnx.export(
                 program,
                 (),
-                input_names=[shape.name for shape in shapes],
-                output_names=list(names),
+                input_names=inputs,
+                output_names=outputs,
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises one class per stage
-        raise ExportError(f"torch.onnx cannot convert the model: {_exporter_reason(error)}") from error
+        raise ExportError(f"torch.onnx cannot convert the model to opset {opset}: {_exporter_reason(error)}") from error
     if exported is None or exported.exported_program is None:
         raise ExportError("torch.onnx gave no program")
     model = exported.model_proto
@@ -140,6 +159,8 @@ def convert(
             f"the exported graph has {len(model.graph.input)} inputs "
             f"({', '.join(item.name for item in model.graph.input)}), shapes were given for {len(shapes)}"
         )
+    outer = [shape.name for shape in shapes] + list(names)
+    _rename(model.graph, {name: inner_name(name) for name in outer} | dict(zip(inputs + outputs, outer, strict=True)))
     _name_dims(model, shapes)
     model = simplify(model)
     return OnnxExport(model, exported.exported_program, tuple(_specs(model, shapes)), tuple(_outputs(model)))
@@ -151,8 +172,11 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     On dynamic shapes onnxsim may turn one MatMul and Add into Reshape, Gemm and Reshape; such a result is not kept.
     """
     simplified: onnx.ModelProto
-    with quiet():
-        simplified, same = onnxsim.simplify(model)
+    try:
+        with quiet():
+            simplified, same = onnxsim.simplify(model)
+    except Exception:  # onnxsim gives up on some valid graphs; `finalize` checks the graph as it stays
+        return model
     if not same or len(simplified.graph.node) >= len(model.graph.node):
         return model
     if _count(simplified, "Reshape") > _count(model, "Reshape"):
@@ -162,13 +186,15 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def finalize(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """Remove what tells of the exporting machine, drop unused opset imports, add metadata, and check the graph."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.metadata_props[:]
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    model.doc_string = model.graph.doc_string = ""
+    _strip(model)
+    for graph in _graphs(model.graph):
+        _strip(graph)
+        del graph.value_info[:]
+        for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+            _strip(item)
+    for function in model.functions:
+        for item in (function, *function.node):
+            _strip(item)
     model.producer_name, model.producer_version = "edgekit", metadata.get("edgekit", "")
     used = {node.domain for node in model.graph.node} | {n.domain for f in model.functions for n in f.node} | {""}
     kept = {item.domain: item.version for item in model.opset_import if item.domain in used}
@@ -182,16 +208,16 @@ def finalize(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> onnx.Mod
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # checker and shape inference have separate error classes
-        raise ExportError(f"the converted graph is not valid ONNX: {_first_line(error)}") from error
+        raise ExportError(f"the converted graph is not valid ONNX: {first_line(error)}") from error
     return model
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings and log lines of torch's exporter and onnxsim, which tell the user nothing to act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
@@ -246,13 +272,56 @@ def _count(model: onnx.ModelProto, op: str) -> int:
     return sum(node.op_type == op for node in model.graph.node)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def inner_name(name: str) -> str:
+    """What an inner tensor is called whose own name an input or an output of the graph bears."""
+    return f"{name}.inner"
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for part in _graphs(graph):
+        for item in (*part.input, *part.output, *part.initializer, *part.value_info):
+            item.name = names.get(item.name, item.name)
+        for node in part.node:
+            for tensors in (node.input, node.output):
+                tensors[:] = [names.get(name, name) for name in tensors]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and those in the attributes of its nodes: branches and loop bodies."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _strip(item: Any) -> None:
+    """Clear what torch notes of the source code: file names, stack traces, module classes."""
+    item.doc_string = ""
+    del item.metadata_props[:]
+
+
+def _trace_reason(text: str, dims: Sequence[str]) -> str:
+    """What torch.export found, without its pages of advice, and what to do about it."""
+    lines = [line.strip() for line in text.strip().splitlines()] or ["it gave no reason"]
+    if "data-dependent" in lines[0] or "data-dependent" in text[:400]:
+        at = next((i for i, line in enumerate(lines) if line.startswith("The following call raised this error")), None)
+        code = f" at {' '.join(lines[at + 1 : at + 3])}" if at is not None else ""
+        return (
+            f"its control flow depends on the data{code} ({lines[0].split('  ')[0]}). Python's if and while on tensor "
+            "values must become torch.where or torch.cond"
+        )
+    fixed = [line for line in lines if line.partition(" = ")[0] in dims and line.partition(" = ")[2].isdigit()]
+    if fixed:
+        return f"the model works with {', '.join(fixed)} alone; write the number in --shape in place of the name"
+    rules = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    if rules and dims:
+        return f"{rules[0]} Narrow the range in --shape, or write the dimension as a number"
+    return lines[0]
 
 
 def _exporter_reason(error: BaseException) -> str:
     """The innermost cause: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
+    return first_line(error)

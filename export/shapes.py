@@ -34,7 +34,7 @@ class InputShape:
 def parse_shape(text: str) -> InputShape:
     """Parse one input's shape. Raises `ShapeError` that shows the right form."""
     body, _, limits = text.partition("|")
-    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*:\s*([\w]+)\s*(?:@\s*(\w+))?\s*", body)
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*:\s*(\w+)\s*(?:@\s*(\w+))?\s*", body, re.ASCII)
     if not match:
         raise ShapeError(f"cannot read the shape {text!r}; {_EXAMPLE}")
     name, dims_text, dtype = match[1], match[2], match[3] or "float32"
@@ -73,41 +73,63 @@ def parse_shapes(texts: str | Sequence[str]) -> tuple[InputShape, ...]:
 
 
 def program_shapes(program: torch.export.ExportedProgram) -> tuple[InputShape, ...]:
-    """The input shapes that a saved program was exported for, with the ranges of its dynamic dimensions."""
-    shapes = []
-    for item in program.graph.nodes:
-        if item.op != "placeholder" or item.name not in program.graph_signature.user_inputs:
+    """The input shapes that a saved program was exported for, with the ranges of its dynamic dimensions.
+
+    Raises `ShapeError` for inputs that are no tensors, of a dtype that a bundle cannot hold, or whose sizes are
+    computed from one another.
+    """
+    inputs = program.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    if constants := [repr(name) for name in inputs if getattr(values.get(str(name)), "shape", None) is None]:
+        raise ShapeError(
+            f"the program takes inputs that are no tensors ({', '.join(constants)}); export it without them"
+        )
+    return tuple(_program_shape(str(name), values[str(name)], program) for name in inputs)
+
+
+def _program_shape(name: str, value: torch.Tensor, program: torch.export.ExportedProgram) -> InputShape:
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ShapeError(f"the program's input {name} is {dtype}; a bundle takes {', '.join(DTYPES)}")
+    dims: list[Dim] = []
+    ranges: dict[str, DimRange] = {}
+    for size in value.shape:
+        if isinstance(size, int):
+            dims.append(size)
             continue
-        value = item.meta["val"]
-        dims: list[int | str] = []
-        ranges: dict[str, DimRange] = {}
-        for size in value.shape:
-            if isinstance(size, int):
-                dims.append(size)
-                continue
-            symbol = str(size)
-            limits = program.range_constraints[size.node.expr]
-            upper = int(limits.upper) if limits.upper < 2**31 else None
-            ranges[symbol] = DimRange(max(1, int(limits.lower)), upper)
-            dims.append(symbol)
-        dtype = str(value.dtype).removeprefix("torch.")
-        shapes.append(InputShape(item.name, tuple(dims), dtype, ranges))
-    return tuple(shapes)
+        symbol, limits = str(size), program.range_constraints.get(size.node.expr)
+        if limits is None or not symbol.isidentifier():
+            raise ShapeError(
+                f"the program's input {name} has a size computed from another ({symbol}); export it with plain names"
+            )
+        upper = int(limits.upper) if limits.upper < 2**31 else None
+        ranges[symbol] = DimRange(max(1, int(limits.lower)), upper)
+        dims.append(symbol)
+    return InputShape(name, tuple(dims), dtype, ranges)
 
 
 def _parse_ranges(text: str, limits: str, dims: list[Dim]) -> dict[str, DimRange]:
     symbols = list(dict.fromkeys(dim for dim in dims if isinstance(dim, str)))
     ranges = {symbol: DimRange() for symbol in symbols}
+    given: set[str] = set()
     for part in filter(None, (piece.strip() for piece in limits.split(","))):
-        match = re.fullmatch(r"(?:(\w+)\s*=\s*)?(\d+)\s*\.\.\s*(\d*)", part)
+        match = re.fullmatch(r"(?:(\w+)\s*=\s*)?(\d+)\s*\.\.\s*(\d*)", part, re.ASCII)
         if not match:
             raise ShapeError(f"cannot read the range {part!r} in {text!r}; write 1..8 or N=1..8")
         symbol = match[1] or (symbols[0] if len(symbols) == 1 else "")
         if symbol not in ranges:
             known = ", ".join(symbols) or "none"
-            raise ShapeError(f"the range {part!r} in {text!r} belongs to no dynamic dimension (it has: {known})")
+            raise ShapeError(
+                f"the range {part!r} in {text!r} belongs to no dynamic dimension (it has: {known}); write N=1..8 with "
+                "the name of one"
+            )
+        if symbol in given:
+            raise ShapeError(f"dimension {symbol} has two ranges in {text!r}; give one")
+        given.add(symbol)
         low, high = int(match[2]), int(match[3]) if match[3] else None
         if low < 1 or (high is not None and high < low):
-            raise ShapeError(f"the range {part!r} in {text!r} must run from at least 1 upwards")
+            raise ShapeError(f"the range {part!r} in {text!r} must run from at least 1 upwards, such as 1..8")
+        if low == high:
+            raise ShapeError(f"the range {part!r} in {text!r} holds one size; write {low} in place of {symbol}")
         ranges[symbol] = DimRange(low, high)
     return ranges

@@ -1,12 +1,15 @@
-"""Where a model comes from: a zoo name, an `nn.Module`, `package.module:factory`, or a `.pt2` program."""
+"""Where a model comes from: a zoo name, an `nn.Module`, `package.module:factory`, a `.pt2` program, or a folder as
+Hugging Face's `save_pretrained` writes it."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
-import inspect
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,35 @@ import torch
 from torch.utils import _pytree
 
 from edgekit import models
-from edgekit.errors import ExportError, ShapeError, UnknownNameError, WeightsError
+from edgekit.errors import ExportError, InputError, ShapeError, UnknownNameError, WeightsError
+from edgekit.export.calling import bind_inputs, first_line, tensor_leaves
+from edgekit.export.data import image_preprocessing
+from edgekit.export.shapes import InputShape
 from edgekit.models.registry import ModelEntry
 from edgekit.runtime.manifest import Manifest, ModelInfo, WeightsInfo
+from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import Array
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a model brings along and the caller may override: its input, how an image becomes it, its classes."""
+
+    shape: InputShape | None = None
+    preprocessing: ImagePreprocessing | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for export: `module` is the original in eval mode, `program` is set where it came as a .pt2."""
+    """A model ready for export: `module` is a copy of the original in eval mode on the CPU, `program` is set where it
+    came as a .pt2 file, `entry` where it is of the zoo."""
 
     name: str
     source: str
     module: torch.nn.Module
     weights: WeightsInfo
+    defaults: Defaults = Defaults()
     entry: ModelEntry | None = None
     program: torch.export.ExportedProgram | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,18 +64,19 @@ class LoadedModel:
         # A program names its inputs itself; its call takes them as they were given to torch.export.
         spec = self.program.call_spec.in_spec
         assert spec is not None  # only programs without inputs have none
-        args, kwargs = _pytree.tree_unflatten(list(tensors.values()), spec)
-        return args, kwargs, list(tensors)
+        order = [str(name) for name in self.program.graph_signature.user_inputs]
+        args, kwargs = _pytree.tree_unflatten([tensors[name] for name in order], spec)
+        return args, kwargs, order
 
     def call(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """What the original model returns. Raises `ShapeError` in plain words where it does not run on `tensors`."""
         args, kwargs, _ = self.bind(tensors)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), one_thread():
                 return self.module(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises
             shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
-            raise ShapeError(f"{self.name} does not run on {shapes}: {str(error).strip().splitlines()[0]}") from error
+            raise ShapeError(f"{self.name} does not run on {shapes}: {first_line(error)}") from error
 
     def runner(self, output_names: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
         """The original model as a function from arrays by name to arrays by name, as a session's `run`."""
@@ -67,6 +86,18 @@ class LoadedModel:
             return dict(zip(output_names, (leaf.numpy() for leaf in tensor_leaves(outputs)), strict=True))
 
         return run
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: its answers then do not depend on the number of cores, so that samples are the same
+    bytes wherever they are made, and hundreds of small runs do not crawl where another program keeps a core busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_model(
@@ -81,24 +112,30 @@ def load_model(
     Raises:
         UnknownNameError: no zoo model of this name.
         WeightsError: weights that do not fit, or weights given for a model that brings its own.
-        ExportError: the factory or the program could not be loaded.
+        InputError: the factory or the program could not be loaded.
     """
     options = dict(overrides or {})
     if isinstance(model, torch.nn.Module):
         _own_weights_only(type(model).__name__, weights, options)
         return _from_module(type(model).__name__, f"module:{type(model).__qualname__}", model)
     text = str(model)
+    if text in models.list_models():
+        return _from_zoo(text, weights, seed, options)
     if text.endswith(".pt2"):
         _own_weights_only(text, weights, options)
         return _from_program(Path(text))
+    if Path(text).is_dir():
+        _own_weights_only(text, weights, options)
+        return _from_folder(Path(text))
     if ":" in text:
         _own_weights_only(text, weights, {})
         return _from_factory(text, seed, options)
-    if text.endswith((".pt", ".pth", ".safetensors", ".onnx")):
-        raise UnknownNameError("model", text, models.list_models()) from ExportError(
-            "a weights file alone is no model: name the architecture and pass the file with --weights"
+    if text.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")):
+        raise WeightsError(
+            f"{text} is a weights file, which does not say what computes with them: name the architecture and pass the "
+            f"file beside it, such as: edgekit export {models.list_models()[0]} --weights {text}"
         )
-    return _from_zoo(text, weights, seed, options)
+    raise UnknownNameError("model", text, models.list_models())
 
 
 def reload_model(
@@ -107,11 +144,13 @@ def reload_model(
     """The PyTorch model that a bundle was exported from, rebuilt and proved equal by its weights' hash.
 
     Args:
-        model: overrides what the manifest names; needed where a bundle came from an `nn.Module` or a .pt2 file.
+        model: overrides what the manifest names; needed where a bundle came from an `nn.Module`, a .pt2 file or a
+            folder.
         weights: the weights file, where the bundle was exported with one.
 
     Raises:
         ExportError: the manifest's model cannot be rebuilt from here.
+        InputError: the manifest's factory or the given model is not there.
         WeightsError: the rebuilt model has other weights than the exported one.
     """
     info = manifest.model
@@ -133,36 +172,6 @@ def reload_model(
     return loaded
 
 
-def bind_inputs(
-    module: torch.nn.Module, tensors: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:
-    """Match inputs to the parameters of `forward`: by name where every name is one, otherwise by position.
-
-    Returns positional arguments, keyword arguments, and the input names in the order that the exported graph has them.
-    """
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    names = [p.name for p in parameters]
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if set(tensors) <= set(names) and set(required) <= set(tensors):
-        ordered = [name for name in names if name in tensors]
-        return (), {name: tensors[name] for name in ordered}, ordered
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if len(tensors) < len(required) or (len(tensors) > len(names) and not variadic):
-        wanted = ", ".join(required or names)
-        raise ShapeError(
-            f"{type(module).__name__}.forward takes {wanted}; got shapes for {', '.join(tensors)}. "
-            "Give one --shape for each input"
-        )
-    return tuple(tensors.values()), {}, list(tensors)
-
-
-def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
-    """The tensors in a model's return value, in order, whatever it nests them in."""
-    return [leaf.detach() for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-
-
 def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[str, Any]) -> LoadedModel:
     entry = models.model_entry(name)
     if weights is None and entry.weights is not None and "num_classes" not in options:
@@ -176,47 +185,126 @@ def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[st
         module = models.create_model(name, weights=weights, **options)
         origin = WeightsInfo("file", "", file=Path(weights).name)
     loaded = _from_module(name, f"zoo:{name}", module)
-    return replace(loaded, weights=replace(origin, sha256=loaded.weights.sha256), entry=entry, options=dict(options))
+    defaults = Defaults(
+        InputShape(entry.input.name, (1, entry.input.channels, entry.input.size, entry.input.size)),
+        image_preprocessing(entry),
+        None if "num_classes" in options else entry.labels,
+    )
+    origin = replace(origin, sha256=loaded.weights.sha256)
+    return replace(loaded, weights=origin, defaults=defaults, entry=entry, options=dict(options))
 
 
 def _from_module(name: str, source: str, module: torch.nn.Module) -> LoadedModel:
-    digest = models.state_dict_sha256(module)
-    return LoadedModel(_safe(name), source, module.eval(), WeightsInfo("module", digest))
+    _check_weights(name, module)
+    try:
+        own = copy.deepcopy(module).cpu().eval()  # the caller's module keeps its mode, buffers and device
+    except Exception as error:  # whatever the module's attributes raise
+        raise ExportError(f"{name} cannot be copied, which export needs: {first_line(error)}") from error
+    return LoadedModel(_safe(name), source, own, WeightsInfo("module", models.state_dict_sha256(own)))
+
+
+def _check_weights(name: str, module: torch.nn.Module) -> None:
+    """Refuse tensors without values, and those whose precision would make `fp32` a false name."""
+    for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise ExportError(
+                f"{name} is on the meta device: {key} has a shape and no values. Load its weights first, then export"
+            )
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ExportError(
+                f"{name} holds {kind} tensors ({key}); export starts from float32: pass model.float(), and for a half "
+                "precision bundle --precision fp16"
+            )
 
 
 def _from_factory(text: str, seed: int, options: dict[str, Any]) -> LoadedModel:
     module_name, _, attribute = text.partition(":")
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        raise ExportError(f"{text!r} is neither a zoo model nor package.module:factory")
+        raise InputError(f"{text!r} is neither a zoo model nor package.module:factory")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own module lies beside them
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        with _seeded(seed):  # a module may build its models when it is imported
+            package = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ExportError(f"cannot import {module_name!r} ({error}); run from its folder or install it") from error
-    except AttributeError:
-        raise ExportError(f"module {module_name!r} has no {attribute!r}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = factory if isinstance(factory, torch.nn.Module) else factory(**options)
+        raise InputError(f"cannot import {module_name!r} ({error}); run from its folder or install it") from error
+    except Exception as error:  # whatever the user's module raises
+        raise InputError(f"importing {module_name!r} failed: {type(error).__name__}: {first_line(error)}") from error
+    if not hasattr(package, attribute):
+        raise UnknownNameError(f"factory in {module_name}", attribute, _factories(package))
+    factory = getattr(package, attribute)
+    module = factory if isinstance(factory, torch.nn.Module) else _call_factory(text, factory, seed, options)
     if not isinstance(module, torch.nn.Module):
-        raise ExportError(f"{text} gave a {type(module).__name__}; it must give a torch.nn.Module")
+        raise InputError(f"{text} gave a {type(module).__name__}; it must give a torch.nn.Module")
     loaded = _from_module(attribute, f"factory:{text}", module)
     return replace(loaded, weights=replace(loaded.weights, source="factory", seed=seed), options=options)
 
 
+def _factories(package: object) -> list[str]:
+    """The names in a module that may be factories: its own callables and modules."""
+    own = [(name, value) for name, value in vars(package).items() if not name.startswith("_")]
+    return [name for name, value in own if callable(value) or isinstance(value, torch.nn.Module)]
+
+
+def _call_factory(text: str, factory: Any, seed: int, options: dict[str, Any]) -> Any:
+    if not callable(factory):
+        raise InputError(f"{text} is a {type(factory).__name__}; it must be a function that gives a torch.nn.Module")
+    try:
+        with _seeded(seed):
+            return factory(**options)
+    except Exception as error:  # whatever the user's factory raises
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise InputError(f"{text}({given}) failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; the global state is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def _from_program(path: Path) -> LoadedModel:
     if not path.is_file():
-        raise ExportError(f"no program at {path}; save one with torch.export.save(torch.export.export(...), path)")
+        raise InputError(f"no program at {path}; save one with torch.export.save(torch.export.export(...), path)")
     try:
-        program = torch.export.load(path)
+        with _no_pickled_code():
+            program = torch.export.load(path)
     except Exception as error:  # torch raises zip, JSON, pickle and its own errors here
-        raise ExportError(f"{path} is no readable .pt2 program: {error}") from error
+        raise InputError(f"{path} is no readable .pt2 program: {first_line(error)}") from error
     module = program.module()
+    _check_weights(path.name, module)
     digest = models.state_dict_sha256(module)
     return LoadedModel(
         _safe(path.stem), f"pt2:{path.name}", module, WeightsInfo("program", digest, file=path.name), program=program
     )
+
+
+@contextlib.contextmanager
+def _no_pickled_code() -> Iterator[None]:
+    """torch.export.load unpickles parts of a file without limits; this makes torch.load take tensors alone."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def _from_folder(path: Path) -> LoadedModel:
+    from edgekit.export.huggingface import load_pretrained
+
+    pretrained = load_pretrained(path)
+    name = path.resolve().name
+    loaded = _from_module(name, f"huggingface:{name}", pretrained.module)
+    defaults = Defaults(pretrained.shape, pretrained.preprocessing, pretrained.labels)
+    return replace(loaded, weights=replace(loaded.weights, source="folder", file=name), defaults=defaults)
 
 
 def _own_weights_only(what: str, weights: object, options: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekit.errors import ExportError, InputError, NothingToCompareError, WeightsError
+from edgekit.errors import EdgekitError, InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
-from edgekit.runtime.session import Session, load, random_inputs
+from edgekit.runtime.session import Array, Session, load, random_inputs
 from edgekit.runtime.tolerances import output_tolerance
 from edgekit.runtime.verification import (
     Accuracy,
@@ -119,22 +119,40 @@ def _find_model(
 
     try:
         return reload_model(bundle.manifest, model, weights), ""
-    except (ExportError, WeightsError) as error:
+    except EdgekitError as error:
         if required:
             raise
         return None, str(error)
 
 
-def fresh_inputs(session: Session, count: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    """Seeded inputs that the bundle has not stored; dynamic dimensions take several of the sizes they allow."""
+def fresh_inputs(session: Session, count: int) -> Iterator[dict[str, Array]]:
+    """Seeded inputs that the bundle has not stored; dynamic dimensions take several of the sizes they allow.
+
+    An int8 bundle holds only on inputs like those it was calibrated on, and its stored samples are such: its fresh
+    inputs are weighted means of two of them. All other bundles get normal random values.
+    """
     dims = session.bundle.manifest.dims
+    samples = session.bundle.samples()
+    mixed = session.bundle.manifest.precision == "int8" and len(samples) > 1
+    generator = np.random.default_rng(FRESH_SEED)
     for index in range(count):
+        if mixed:
+            first, second = generator.choice(len(samples), size=2, replace=False)
+            weight = np.float32(generator.uniform(0.1, 0.4))
+            yield {name: _mix(array[first], array[second], weight) for name, array in samples.inputs.items()}
+            continue
         sizes = {}
         for name, limits in dims.items():
             smallest = max(1, limits.min)
             largest = limits.max if limits.max is not None else smallest + 3
             sizes[name] = smallest + index % (min(largest, smallest + 7) - smallest + 1)
         yield random_inputs(session.inputs, dims, seed=FRESH_SEED + index, sizes=sizes)
+
+
+def _mix(first: Array, second: Array, weight: np.float32) -> Array:
+    if not np.issubdtype(first.dtype, np.floating):
+        return first
+    return ((1 - weight) * first + weight * second).astype(first.dtype)
 
 
 def _check_live(session: Session, loaded: LoadedModel, count: int) -> Check:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch: several test processes with a thread per core each would mostly wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

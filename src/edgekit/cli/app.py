@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -53,13 +53,18 @@ def _root(
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the models of the zoo with parameters, MACs, input size and weights."""
+    """List the zoo: parameters, MACs, input size, weights."""
     render.models(Output(as_json=as_json))
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A zoo name, package.module:factory, or a .pt2 file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A zoo name, package.module:factory, a .pt2 file, or a Hugging Face directory."
+        ),
+    ],
     target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
@@ -136,7 +141,7 @@ def verify(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Check that BUNDLE answers as PyTorch does: stored samples, live PyTorch, accuracy, layers."""
+    """Check that BUNDLE answers as PyTorch does, layer by layer too."""
     output = Output(as_json=as_json)
     with output.steps(f"verify {bundle.name}") as step:
         result = edgekit.verify(
@@ -168,7 +173,7 @@ def profile(
     ops: Annotated[bool, typer.Option("--ops/--no-ops", help="Also time every op.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure BUNDLE: latency percentiles, throughput, memory, per-op times, and whether the timing is stable."""
+    """Measure BUNDLE: latency, memory, ops, and whether to trust it."""
     output = Output(as_json=as_json)
     with output.steps(f"profile {bundle.name}") as step:
         step("warm up and measure" if vs is None else "warm up and measure in turns")
@@ -195,7 +200,7 @@ def run(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Run BUNDLE on images (with its own preprocessing and labels) or on arrays."""
+    """Run BUNDLE on images, as an app would, or on arrays."""
     output = Output(as_json=as_json)
     session = edgekit.load(bundle, threads=threads)
     render.run(output, session, inputs, top=top, save=save)
@@ -203,13 +208,13 @@ def run(
 
 @app.command()
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
-    """Show what is inside BUNDLE: inputs, outputs, ops, files with sizes and hashes, where it came from."""
+    """Show what is inside BUNDLE: tensors, ops, files, hashes."""
     render.inspect(Output(as_json=as_json), edgekit.Bundle.open(bundle))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what is installed, what is missing for which target, and the command that mends it."""
+    """Show what is missing for which target, and the mend."""
     from edgekit.devices import diagnose
 
     diagnosis = diagnose()
@@ -223,7 +228,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
     as_json: Json = False,
 ) -> None:
-    """Export, check, time and run a digit reader at three precisions, then SHViT-S1 at full size."""
+    """Export, check, time and run two models on real input."""
     from edgekit.cli.demo import demo as run_demo
 
     if not run_demo(Output(as_json=as_json), out):
@@ -238,7 +243,7 @@ def run_command(arguments: list[str] | None = None) -> int:
     except EdgekitError as error:
         return _fail(words, str(error), error.exit_code)
     except _UsageError as error:
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(words, message, 2, hint="edgekit --help")
     except (typer.Abort, KeyboardInterrupt):
         print("edgekit: interrupted; nothing half-written was left behind", file=sys.stderr)

@@ -63,7 +63,7 @@ def demo(output: Output, out: Path) -> bool:
     right, shown, picture = _read_digits(output, rows[0].bundle, out)
     rows.append(_bundle(output, LARGE, "fp32", out, data=None))
     passed = all(row.verification for row in rows)
-    columns = ("bundle", "model", "rel. error", "accuracy: PyTorch -> bundle", "p50", "timing", "check")
+    columns = ("bundle", "model", "rel. error", "accuracy: PyTorch -> bundle", "p50, 1 thread", "timing", "check")
     output.line()
     output.table(columns, [row.cells() for row in rows], right=columns[1:3] + columns[4:5])
     output.line()
@@ -81,7 +81,7 @@ def _bundle(output: Output, model: str, precision: str, out: Path, *, data: str 
         bundle = edgekit.export(model, "onnx", out, precision=precision, progress=step)
         verification = edgekit.verify(bundle, data=data, progress=step)
         step("measure")
-        profile = edgekit.profile(bundle, max_seconds=2.0, ops=False)
+        profile = edgekit.profile(bundle, threads=1, max_seconds=2.0, ops=False)
     return _Row(bundle, verification, profile.latency_ms.p50, profile.stability.verdict)
 
 
