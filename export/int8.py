@@ -25,10 +25,10 @@ from edgekit.runtime.datasets import Dataset
 #   these and Mul                .89 .042 .9944    1.09 .044 .9833    .514 .039    .73 .027
 #   these and Gelu               (has none)        1.12 .048 .9833    (has none)   .69 .034
 #   onnxruntime's own list       .90 .042 .9944    1.10 .047 .9833    .512 .037    .68 .031
-# Quantizing the products alone is slower, and int8 around Gelu raises the error without a gain in time. The rest differs
-# by less than the runs do: one image is .0028 of top-1, and three runs of `profile_pair` on SHViT-S1 put these ops at
-# .97 to .98 of the time of onnxruntime's own list. The list was set before these runs and none was a reason to change
-# it, so the test digits chose nothing.
+# Quantizing the products alone is slower, and int8 around Gelu raises the error without a gain in time. The rest
+# differs by less than the runs do: one image is .0028 of top-1, and three runs of `profile_pair` on SHViT-S1
+# put these ops at .97 to .98 of the time of onnxruntime's own list. The list was set before these runs and none was a
+# reason to change it, so the test digits chose nothing.
 # Further choices, on the digits: signed activations take 1.7 to 2.2 times as long as fp32; a percentile of 99.9 or a
 # moving average has 1.7 to 2.8 times the error; 99.999 and entropy change at most two of 360 answers, and onnxruntime
 # keeps the activations of all items in memory for them. One scale per tensor in place of one per channel is 2 % faster
@@ -39,8 +39,8 @@ INT8_OPS = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Concat", "Split", "Reshape
 def to_int8(model: onnx.ModelProto, calibration: Dataset, *, batch: int = 1) -> onnx.ModelProto:
     """Quantize to int8 with the activation ranges that `calibration` shows, run `batch` items at a time.
 
-    Activations are asymmetric uint8, weights symmetric int8 per output channel: the form with the fastest kernels on
-    x86 with VNNI and on Arm with dot products. The graph's outputs stay fp32.
+    Activations are asymmetric uint8, weights symmetric int8 per output channel, the fastest form measured on x86
+    with VNNI. The graph's outputs stay fp32.
 
     Raises:
         ExportError: nothing in the graph could be quantized.

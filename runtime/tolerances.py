@@ -3,10 +3,10 @@
 The measure is the relative L2 error ||actual - reference|| / ||reference||, which does not depend on the scale of the
 outputs. Figures per row: where they come from.
 
-fp32   The two runtimes order their sums differently; SHViT and CARE measure 3e-7 to 2e-6. 1e-5 is the golden bound.
-fp16   Eleven bits of mantissa give about 5e-4 per rounding; measured 2e-4 to 1e-3 on the zoo.
-int8   Eight-bit activations and weights: measured 0.03 to 0.2 on the zoo. The bound catches a broken graph only;
-       what int8 costs is told by the task's accuracy, which `verify --data` measures.
+fp32   The two runtimes order their sums differently; the zoo measures up to 5e-7. 1e-5 is the golden bound.
+fp16   Eleven bits of mantissa give about 5e-4 per rounding; the zoo measures 2e-4 to 1.2e-3, its worst layer 1.8e-3.
+int8   Eight bits for activations and weights; the zoo measures 0.03 to 0.06, its worst layer 0.25. The bound catches a
+       broken graph only: what int8 costs is told by the task's accuracy, which `verify --data` measures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OUTPUT_REL_L2: dict[str, float] = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.25}
 
 # One layer may lie further off than the outputs: small activations are relative to a small norm, and errors of a layer
 # in the middle average out in the classifier.
-LAYER_REL_L2: dict[str, float] = {"fp32": 5e-5, "fp16": 1e-2, "int8": 0.35}
+LAYER_REL_L2: dict[str, float] = {"fp32": 5e-5, "fp16": 5e-3, "int8": 0.35}
 
 
 def output_tolerance(precision: str) -> float:
