@@ -31,6 +31,7 @@ class Row:
 
 
 def main() -> int:
+    title, facts = heading()
     rows = []
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
         for model in MODELS:
@@ -43,7 +44,6 @@ def main() -> int:
                 outputs = result.checks[0].outputs
                 rel_l2 = max(item.rel_l2 for item in outputs)
                 rows.append(Row(model, precision, bundle.size_of_model, rel_l2, result.accuracy))
-    title, facts = heading()
     RESULTS.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": "digits_accuracy", **facts, "rows": [asdict(row) for row in rows]}
     (RESULTS / "digits_accuracy.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    title, facts = heading()  # before anything runs: the tree may change meanwhile
     rows = []
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
         for model in options.models.split(","):
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             for threads in map(int, options.threads.split(",")):
                 rows.append(_measure(model, threads, files, options.rounds))
                 print(_markdown_row(rows[-1]), flush=True)
-    _write(rows, options.out, options.rounds)
+    _write(rows, options.out, options.rounds, title, facts)
     return 0
 
 
@@ -210,8 +211,7 @@ def heading() -> tuple[str, dict[str, Any]]:
     return line, {"when": when, "commit": commit, "machine": asdict(machine), "versions": versions}
 
 
-def _write(rows: list[Row], folder: Path, rounds: int) -> None:
-    title, facts = heading()
+def _write(rows: list[Row], folder: Path, rounds: int, title: str, facts: dict[str, Any]) -> None:
     fewest = min(row.runs for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
     document = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Status = Literal["ok", "missing", "wrong"]
-Group = Literal["runtime", "command line", "export to onnx", "training"]
+Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "training"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ PARTS = (
     Part("onnxscript", "onnxscript", "export to onnx", "PyTorch's ONNX exporter", "export"),
     Part("onnxsim", "onnxsim", "export to onnx", "simplifying graphs", "export"),
     Part("safetensors", "safetensors", "export to onnx", "weights files", "export"),
+    Part("transformers", "transformers", "Hugging Face", "exporting Hugging Face directories", "huggingface"),
     Part("scikit-learn", "sklearn", "training", "the data sets of the examples", "train"),
 )
 

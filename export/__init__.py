@@ -43,6 +43,7 @@ def export(
     opset: int | None = None,
     seed: int = 0,
     check: bool = True,
+    tolerance: float | None = None,
     progress: Callable[[str], None] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Bundle:
@@ -68,6 +69,8 @@ def export(
         opset: the ONNX opset; default 20, with IR version 10.
         seed: for random weights and random sample inputs.
         check: compare the finished artifact with PyTorch and refuse to leave one that differs.
+        tolerance: the largest relative L2 error of an output that passes the check, recorded in the bundle; None takes
+            the table's for the precision.
         progress: called with the name of each step as it starts.
         overrides: keyword arguments for a zoo model's constructor, such as `{"num_classes": 10}`.
 
@@ -98,6 +101,7 @@ def export(
         opset=opset,
         seed=seed,
         check=check,
+        tolerance=tolerance,
         progress=progress,
         overrides=overrides,
     )

@@ -50,6 +50,7 @@ class _Plan:
     opset: int
     seed: int
     check: bool
+    tolerance: float | None
     step: Callable[[str], None]
 
 
@@ -68,6 +69,7 @@ def export_model(
     opset: int | None = None,
     seed: int = 0,
     check: bool = True,
+    tolerance: float | None = None,
     progress: Callable[[str], None] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Bundle:
@@ -88,7 +90,7 @@ def export_model(
     loaded = load_model(model, weights=weights, seed=seed, overrides=overrides)
     if name is not None:
         loaded = replace(loaded, name=name)
-    plan = _plan(loaded, shapes, labels, preprocessing, opset, seed, check, step)
+    plan = _plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
     data = None
     if precision == "int8":
         step("read calibration data")
@@ -111,6 +113,7 @@ def _plan(
     opset: int,
     seed: int,
     check: bool,
+    tolerance: float | None,
     step: Callable[[str], None],
 ) -> _Plan:
     defaults = loaded.defaults
@@ -137,7 +140,7 @@ def _plan(
     if isinstance(labels, str):
         raise InputError(f"labels must be a list of names, got the text {labels!r}")
     names = tuple(labels) if labels is not None else defaults.labels
-    return _Plan(loaded, parsed, recipe, names or None, opset, seed, check, step)
+    return _Plan(loaded, parsed, recipe, names or None, opset, seed, check, tolerance, step)
 
 
 def _at_size(recipe: ImagePreprocessing, shape: InputShape) -> ImagePreprocessing | None:
@@ -170,7 +173,7 @@ def _export_fp32(plan: _Plan, destination: Path) -> Bundle:
         graph = onnx_target.finalize(exported.model, metadata=_metadata(plan, "fp32"))
         bundle, check = _write(writer, plan, manifest, graph, samples)
         report = {"export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)}}
-        return writer.finish(_with_figures(bundle.manifest, check), report)
+        return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
 
 
 def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
@@ -204,7 +207,7 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
             "export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)},
             "precision": cost,
         }
-        return writer.finish(_with_figures(bundle.manifest, check), report)
+        return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
 
 
 def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
@@ -336,7 +339,7 @@ def _write(
     if not plan.check:
         return bundle, None
     plan.step(f"check {manifest.precision} against PyTorch")
-    check = verify_samples(load(bundle))
+    check = verify_samples(load(bundle), tolerance=plan.tolerance)
     if not check:
         figures = "; ".join(
             output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.0e}"
@@ -345,12 +348,13 @@ def _write(
         )
         raise ExportError(
             f"the {manifest.precision} bundle does not answer as PyTorch does ({figures}). Nothing was written; "
-            "to keep such a bundle and look into it with 'edgekit verify --layers', export with --no-check"
+            "to keep such a bundle and find the layer with 'edgekit verify --layers', export with --no-check; for a "
+            "model known to be this sensitive to rounding, with a larger --tolerance"
         )
     return bundle, check
 
 
-def _with_figures(manifest: Manifest, check: Check | None) -> Manifest:
+def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | None) -> Manifest:
     if check is None:
         return replace(manifest, verification={"checked": False})
     outputs = [
@@ -359,6 +363,8 @@ def _with_figures(manifest: Manifest, check: Check | None) -> Manifest:
         for o in check.outputs
     ]  # fmt: skip
     figures = {"checked": True, "against": check.against, "inputs": check.inputs, "outputs": outputs}
+    if tolerance is not None:
+        figures["tolerance"] = float(tolerance)
     return replace(manifest, verification=finite(figures))
 
 

@@ -63,7 +63,7 @@ def _architecture(name: str, folder: Path) -> Any:
     try:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("transformers", "export", f"loading {folder}") from error
+        raise MissingDependencyError("transformers", "huggingface", f"loading {folder}") from error
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise InputError(

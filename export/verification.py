@@ -14,7 +14,6 @@ import numpy as np
 from edgekit.errors import EdgekitError, InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.session import Array, Session, load, random_inputs
-from edgekit.runtime.tolerances import output_tolerance
 from edgekit.runtime.verification import (
     Accuracy,
     Check,
@@ -25,6 +24,7 @@ from edgekit.runtime.verification import (
     classify,
     measure_accuracy,
     score_output,
+    tolerance_for,
     verify_samples,
 )
 
@@ -47,6 +47,7 @@ def verify(
     data: str | Path | None = None,
     layers: bool = False,
     inputs: int = FRESH_INPUTS,
+    tolerance: float | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -61,6 +62,8 @@ def verify(
         data: labelled data for the task's accuracy of both sides: `digits`, a folder of class folders, or an .npz.
         layers: also compare layer by layer (needs the live model).
         inputs: how many fresh inputs.
+        tolerance: the largest relative L2 error of an output that passes; None takes the one that the bundle was
+            exported with, or the table's for its precision.
         threads: threads for the bundle's session.
         progress: called with the name of each step as it starts.
 
@@ -84,7 +87,7 @@ def verify(
     notes: list[str] = []
     try:
         step("compare with stored samples")
-        checks.append(verify_samples(session))
+        checks.append(verify_samples(session, tolerance=tolerance))
     except NothingToCompareError as error:
         if loaded is None:
             raise
@@ -93,7 +96,7 @@ def verify(
         notes.append(f"live PyTorch: {reason}")
     else:
         step("compare with live PyTorch")
-        checks.append(_check_live(session, loaded, inputs))
+        checks.append(_check_live(session, loaded, inputs, tolerance_for(session.bundle.manifest, tolerance)))
     accuracy = None
     if data is not None:
         step("measure accuracy")
@@ -155,10 +158,9 @@ def _mix(first: Array, second: Array, weight: np.float32) -> Array:
     return ((1 - weight) * first + weight * second).astype(first.dtype)
 
 
-def _check_live(session: Session, loaded: LoadedModel, count: int) -> Check:
+def _check_live(session: Session, loaded: LoadedModel, count: int, tolerance: float) -> Check:
     run = loaded.runner([spec.name for spec in session.outputs])
     pairs = ((arrays, run(arrays)) for arrays in fresh_inputs(session, count))
-    tolerance = output_tolerance(session.bundle.manifest.precision)
     return check_outputs("live PyTorch on fresh inputs", pairs, session.run, tolerance)
 
 

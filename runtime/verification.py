@@ -14,6 +14,7 @@ from edgekit.errors import InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.compare import OutputComparison, compare_outputs, failed_comparison
 from edgekit.runtime.datasets import Dataset
+from edgekit.runtime.manifest import Manifest
 from edgekit.runtime.session import Array, Session, load
 from edgekit.runtime.tolerances import output_tolerance
 
@@ -90,18 +91,31 @@ class Verification:
         return data  # type: ignore[no-any-return]
 
 
-def verify_samples(session: Session) -> Check:
-    """Run the stored inputs and compare with the stored PyTorch outputs.
+def tolerance_for(manifest: Manifest, tolerance: float | None = None) -> float:
+    """The largest relative L2 error of an output that passes: the one asked for, else the one that the bundle was
+    exported with, else the table's for its precision. Raises `InputError` where it is not a positive number."""
+    if tolerance is None:
+        recorded = manifest.verification.get("tolerance")
+        if not isinstance(recorded, float):
+            return output_tolerance(manifest.precision)
+        tolerance = recorded
+    if not 0 < tolerance < 1:
+        raise InputError(f"a tolerance is a relative L2 error between 0 and 1, such as 2e-5; got {tolerance}")
+    return tolerance
+
+
+def verify_samples(session: Session, *, tolerance: float | None = None) -> Check:
+    """Run the stored inputs and compare with the stored PyTorch outputs; `tolerance` as for `tolerance_for`.
 
     Raises `NothingToCompareError` where the bundle stores none.
     """
-    manifest = session.bundle.manifest
+    limit = tolerance_for(session.bundle.manifest, tolerance)
     samples = session.bundle.samples()
     if not len(samples) or not samples.outputs:
         raise NothingToCompareError(
             f"nothing to compare: {session.bundle.name} stores no samples; compare with the model itself (--model)"
         )
-    return check_outputs("stored PyTorch outputs", iter(samples), session.run, output_tolerance(manifest.precision))
+    return check_outputs("stored PyTorch outputs", iter(samples), session.run, limit)
 
 
 def check_outputs(

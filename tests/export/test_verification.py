@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,22 @@ def test_a_wrong_bundle_fails_live_and_stored(linear, tmp_path):
     assert not verification
     assert [bool(check) for check in verification.checks] == [True, False]
     assert verification.to_json()["passed"] is False
+
+
+class TestTolerance:
+    def test_a_larger_one_is_recorded_and_used_on_every_machine(self, tmp_path: Path) -> None:
+        bundle = edgekit.export("shvit_digits", "onnx", tmp_path, precision="fp16", tolerance=0.05)
+        assert bundle.manifest.verification["tolerance"] == 0.05
+        verification = edgekit.verify(bundle)
+        assert {item.tolerance for check in verification.checks for item in check.outputs} == {0.05}
+        assert not edgekit.verify(bundle, live=False, tolerance=1e-6)
+
+    def test_a_smaller_one_refuses_the_bundle(self, tmp_path: Path) -> None:
+        with pytest.raises(ExportError, match="--tolerance"):
+            edgekit.export("shvit_digits", "onnx", tmp_path, precision="fp16", tolerance=1e-6)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("tolerance", [0.0, -1.0, 1.0, float("nan")])
+    def test_one_that_is_none_is_refused(self, digits_bundle: Path, tolerance: float) -> None:
+        with pytest.raises(InputError, match="tolerance"):
+            edgekit.verify(digits_bundle, live=False, tolerance=tolerance)

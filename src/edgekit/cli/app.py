@@ -35,6 +35,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A .edge folder or a packed .edge.zip file.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Threads for one run. Default: one per core.")]
 
+Tolerance = Annotated[
+    float | None, typer.Option(help="The largest relative L2 error that passes. Default: by precision.")
+]
+
 
 def _version(show: bool) -> None:
     if show:
@@ -89,6 +93,7 @@ def export(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Refuse a bundle that differs from PyTorch.")
     ] = True,
+    tolerance: Tolerance = None,
     pack: Annotated[bool, typer.Option("--pack", help="Also write the bundle as one zip file.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -112,6 +117,7 @@ def export(
                 opset=opset,
                 seed=seed,
                 check=check,
+                tolerance=tolerance,
                 progress=step,
                 overrides=_options(option),
             )
@@ -138,6 +144,7 @@ def verify(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Compare layer by layer; name the first bad one.")] = False,
     inputs: Annotated[int, typer.Option(help="How many fresh inputs for the live comparison.")] = 4,
+    tolerance: Tolerance = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -152,6 +159,7 @@ def verify(
             data=data,
             layers=layers,
             inputs=inputs,
+            tolerance=tolerance,
             threads=threads,
             progress=step,
         )
