@@ -221,7 +221,7 @@ def test_bundle_that_differs_from_pytorch_fails_with_code_1(cli: Cli, broken: Pa
 def test_interrupted_export_leaves_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgekit.export import api
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "verify_samples", interrupt)
