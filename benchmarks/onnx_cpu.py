@@ -242,18 +242,18 @@ def _write(rows: list[Row], folder: Path, rounds: int, title: str, facts: dict[s
 
 
 def _commit() -> str:
-    """The commit, with a + where the tree has changes that are not committed."""
+    """The commit, with a + where the tree has changes that are not committed, other than benchmark results."""
+    root = Path(__file__).parent.parent
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
+        commit = _git(root, "rev-parse", "--short", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
+    return f"{commit}+" if changed else commit
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=root).stdout.strip()
 
 
 if __name__ == "__main__":
