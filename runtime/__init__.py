@@ -13,7 +13,9 @@ from edgekit.runtime.datasets import Dataset, load_dataset
 from edgekit.runtime.manifest import DimRange, Manifest, TensorSpec
 from edgekit.runtime.postprocess import Prediction, softmax, top_k
 from edgekit.runtime.preprocess import ImagePreprocessing
+from edgekit.runtime.profiler import Profile, ProfileComparison, profile, profile_pair
 from edgekit.runtime.session import Session, load
+from edgekit.runtime.verification import Verification, verify
 
 __all__ = [
     "Bundle",
@@ -23,13 +25,19 @@ __all__ = [
     "Manifest",
     "OutputComparison",
     "Prediction",
+    "Profile",
+    "ProfileComparison",
     "Samples",
     "Session",
     "TensorSpec",
+    "Verification",
     "compare_arrays",
     "compare_outputs",
     "load",
     "load_dataset",
+    "profile",
+    "profile_pair",
     "softmax",
     "top_k",
+    "verify",
 ]

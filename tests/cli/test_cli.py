@@ -134,6 +134,7 @@ def test_doctor_finds_what_is_installed(cli: Cli) -> None:
     [
         (["export", "shvit_s9", "--target", "onnx"], "unknown model 'shvit_s9'; did you mean shvit_s"),
         (["export", "shvit_s1", "--target", "onxx"], "unknown target 'onxx'; did you mean onnx?"),
+        (["export", "shvit_digits", "--target", "onnx,coreml"], "unknown target 'coreml'"),
         (["export", "shvit_s1", "--target", "onnx", "--precision", "fp61"], "did you mean fp16"),
         (["export", "shvit_digits", "--target", "onnx", "--shape", "image:1x3x32"], "does not run on image [1, 3, 32]"),
         (["export", "shvit_digits", "--target", "onnx", "--shape", "image=1x1"], "cannot read the shape"),

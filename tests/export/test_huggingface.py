@@ -13,7 +13,6 @@ import edgekit
 from edgekit.errors import EdgekitError, InputError, MissingDependencyError, WeightsError
 from edgekit.export.huggingface import load_pretrained
 
-transformers = pytest.importorskip("transformers", reason="transformers is in the extra dev")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 LABELS = {0: "cat", 1: "dog", 2: "bird"}
@@ -25,6 +24,7 @@ PROCESSOR = {
 
 FACTORIES = """
 import torch
+import transformers
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from transformers import MobileViTV2Config, MobileViTV2ForImageClassification
 from edgekit.models import seed_weights

@@ -9,6 +9,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from edgekit.errors import InputError, MissingDependencyError, UnknownNameError
 from edgekit.models import create_model, fuse, model_entry
@@ -32,7 +33,7 @@ def test_parts_are_disjoint_and_complete():
         assert images.shape[1:] == (8, 8)
         assert (images.min(), images.max()) == (0, 255)
         assert set(labels) == set(range(10))
-    data = pytest.importorskip("sklearn.datasets").load_digits()
+    data = load_digits()
     ours = sorted(image.tobytes() for images, _ in parts.values() for image in images)
     assert ours == sorted(np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in data.images)
 

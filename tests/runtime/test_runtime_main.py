@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from edgekit.runtime.__main__ import main
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples
@@ -79,9 +80,8 @@ def shades(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    image = pytest.importorskip("PIL.Image", reason="Pillow writes the picture")
     path = tmp_path / "photo.png"
-    image.fromarray(PICTURES[1]).save(path)
+    Image.fromarray(PICTURES[1]).save(path)
     return path
 
 

@@ -15,7 +15,8 @@ import typer
 import edgekit
 from edgekit.cli import render
 from edgekit.cli.console import Output
-from edgekit.errors import EdgekitError, InputError
+from edgekit.errors import EdgekitError, InputError, UnknownNameError
+from edgekit.export import TARGETS
 
 # typer brings its own copy of click in some versions and depends on it in others; this is its base error in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -99,7 +100,10 @@ def export(
 ) -> None:
     """Export MODEL to a bundle and check it against PyTorch."""
     output = Output(as_json=as_json)
-    targets = [part.strip() for part in target.split(",") if part.strip()]
+    targets = [part.strip() for part in target.split(",")]
+    for each in targets:  # all of them before the first export takes its time
+        if each not in TARGETS:
+            raise UnknownNameError("target", each, TARGETS)
     bundles = []
     for each in targets:
         with output.steps(f"export {model} to {each}") as step:
