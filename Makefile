@@ -37,5 +37,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@rm -rf $(VENV) out dist build .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
