@@ -242,6 +242,7 @@ class CARE(Fusable):
 
 
 def _initialise(module: nn.Module) -> None:
+    """Usual for vision transformers, and assumed here: the paper and the checkpoints do not tell the authors' own."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
