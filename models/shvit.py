@@ -3,7 +3,7 @@
 Yun and Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", CVPR 2024, arXiv 2401.16456.
 Three stages at strides 16, 32 and 64; the first mixes tokens with depthwise convolutions alone, the other two add
 attention with one head over the first part of the channels. The keys are those of the authors' checkpoints. The image
-preprocessing is the one usual for DeiT's recipe, which the authors follow; it was not read from their code.
+preprocessing is assumed: the one usual for DeiT's recipe, not read from their code.
 """
 
 from __future__ import annotations
