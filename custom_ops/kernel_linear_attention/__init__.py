@@ -6,8 +6,25 @@ For queries and keys `[B, H, N, D]`, values `[B, H, N, E]` and a feature map phi
 
 S and s are means, not sums: their size does not grow with N, so that half precision does not overflow.
 Paper: Katharopoulos et al., "Transformers are RNNs", ICML 2020, arXiv 2006.16236.
+
+`contract` checks arguments without torch; `reference` defines the answer in PyTorch, `eager` computes it faster,
+`torch_op` is `torch.ops.edgekit.kernel_linear_attention`, and `onnx_op` the ONNX schema and function body.
 """
 
-from edgekit.custom_ops.kernel_linear_attention.reference import FEATURE_MAPS, FeatureMap, kernel_linear_attention
+from typing import TYPE_CHECKING, Any
+
+from edgekit.custom_ops.kernel_linear_attention.contract import FEATURE_MAPS, FeatureMap
+
+if TYPE_CHECKING:
+    from edgekit.custom_ops.kernel_linear_attention.reference import kernel_linear_attention
 
 __all__ = ["FEATURE_MAPS", "FeatureMap", "kernel_linear_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    """The reference, on first use: the contract alone needs no torch."""
+    if name == "kernel_linear_attention":
+        from edgekit.custom_ops.kernel_linear_attention.reference import kernel_linear_attention
+
+        return kernel_linear_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 
-from edgekit.errors import ShapeError, UnknownNameError
-
-FeatureMap = Literal["relu", "elu1", "identity"]
-FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
+from edgekit.custom_ops.kernel_linear_attention.contract import check_attributes, check_dtypes, check_shapes
 
 
 def kernel_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    feature_map: FeatureMap = "relu",
-    eps: float = 1e-6,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str = "relu", eps: float = 1e-6
 ) -> torch.Tensor:
     """Non-causal linear attention (Katharopoulos et al., arXiv 2006.16236) with means in place of sums.
 
     Args:
-        q: queries `[B, H, N, D]`, any floating dtype.
+        q: queries `[B, H, N, D]`, float32, float16, bfloat16 or float64.
         k: keys `[B, H, N, D]`, dtype of `q`.
         v: values `[B, H, N, E]`, dtype of `q`; E may differ from D.
         feature_map: phi, applied to every entry of `q` and `k`: `relu`, `elu1` (elu(x) + 1) or `identity`.
-        eps: added to the denominator, so that a query whose features are all zero gives zeros.
+        eps: added to the denominator, so that a query whose features are all zero gives zeros; finite, not negative.
 
     Returns:
-        `[B, H, N, E]` in the dtype of `v`. float16 and bfloat16 inputs are computed in float32.
+        `[B, H, N, E]` in the dtype of `q`. float16 and bfloat16 inputs are computed in float32 and rounded once.
 
     Raises:
-        ShapeError: the three shapes do not fit together.
+        ShapeError: the three shapes do not fit together, or an axis is empty.
         UnknownNameError: `feature_map` is not one of `FEATURE_MAPS`.
+        InputError: mixed or other dtypes; `eps` is negative or not finite.
     """
-    _check_shapes(q, k, v)
-    if v.dtype in (torch.float16, torch.bfloat16):
-        return kernel_linear_attention(q.float(), k.float(), v.float(), feature_map, eps).to(v.dtype)
+    check_arguments(q, k, v, feature_map, eps)
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return kernel_linear_attention(q.float(), k.float(), v.float(), feature_map, eps).to(q.dtype)
 
-    q, k = _features(q, feature_map), _features(k, feature_map)
+    q, k = features(q, feature_map), features(k, feature_map)
     k = k / k.shape[-2]  # before the products: a half-precision copy of this graph must not overflow in them
     mean_key = k.sum(dim=-2, keepdim=True)  # [B, H, 1, D]
     mean_key_value = k.transpose(-2, -1) @ v  # [B, H, D, E]
@@ -48,18 +40,17 @@ def kernel_linear_attention(
     return (q @ mean_key_value) / denominator
 
 
-def _features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
+def features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
+    """phi(x), entry by entry, for one of `FEATURE_MAPS`; NaN stays NaN."""
     if feature_map == "relu":
         return F.relu(x)
     if feature_map == "elu1":
         return F.elu(x) + 1
-    if feature_map == "identity":
-        return x
-    raise UnknownNameError("feature map", feature_map, FEATURE_MAPS)
+    return x
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.ndim == v.ndim == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]:
-        return
-    arrived = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (("q", q), ("k", k), ("v", v)))
-    raise ShapeError(f"kernel_linear_attention takes q and k [B, H, N, D] and v [B, H, N, E]; got {arrived}")
+def check_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float) -> None:
+    """The contract's checks on tensors; see `contract` for the errors."""
+    check_attributes(feature_map, eps)
+    check_dtypes(*(str(tensor.dtype).removeprefix("torch.") for tensor in (q, k, v)))
+    check_shapes(q.shape, k.shape, v.shape)

@@ -1,14 +1,28 @@
-"""The reference of KernelLinearAttention against the quadratic formula, at awkward sizes and in half precision."""
+"""KernelLinearAttention in torch: the reference against the quadratic formula, and the op against the reference."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
+import edgekit.custom_ops
 from edgekit.custom_ops.kernel_linear_attention import FEATURE_MAPS, kernel_linear_attention
-from edgekit.errors import ShapeError, UnknownNameError
+from edgekit.custom_ops.kernel_linear_attention.eager import kernel_linear_attention as eager
+from edgekit.custom_ops.tolerances import relative_l2, tolerance
+from edgekit.errors import InputError, ShapeError, UnknownNameError
+
+edgekit.custom_ops.register()
+operator = torch.ops.edgekit.kernel_linear_attention
+
+# The same checks for what defines the answer, what computes it, and what a model calls.
+FORMS = pytest.mark.parametrize("form", [kernel_linear_attention, eager, operator], ids=["reference", "eager", "op"])
 
 PHI = {"relu": F.relu, "elu1": lambda x: F.elu(x) + 1, "identity": lambda x: x}
 
@@ -80,21 +94,140 @@ def test_gradients(feature_map):
     assert torch.autograd.gradcheck(lambda q, k, v: kernel_linear_attention(q, k, v, feature_map), (q, k, v))
 
 
-def test_unknown_feature_map():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 196, 200])
+@pytest.mark.parametrize(("d", "e"), [(5, 3), (60, 64), (64, 60)])
+def test_op_gives_the_references_answer(tokens, d, e, dtype):
+    name = str(dtype).removeprefix("torch.")
+    for feature_map in ("relu", "elu1"):
+        q, k, v = draw(tokens, d, e, dtype=dtype)
+        expected = kernel_linear_attention(q.double(), k.double(), v.double(), feature_map)
+        got = operator(q, k, v, feature_map)
+        assert (got.dtype, got.shape, got.is_contiguous()) == (dtype, v.shape, True)
+        assert relative_l2(got, expected) <= tolerance("KernelLinearAttention", name, "eager")
+        reference = kernel_linear_attention(q, k, v, feature_map)
+        assert relative_l2(reference, expected) <= tolerance("KernelLinearAttention", name, "reference")
+
+
+def test_op_takes_tensors_in_any_layout():
+    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in draw(7))
+    assert not q.is_contiguous()
+    torch.testing.assert_close(operator(q, k, v), kernel_linear_attention(*draw(7)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "feature_map", "rounding"),
+    [
+        (torch.float64, "relu", None),
+        (torch.float32, "elu1", None),
+        (torch.float16, "identity", 2e-2),
+        (torch.bfloat16, "relu", 1e-1),
+    ],
+    ids=str,
+)
+def test_opcheck(dtype, feature_map, rounding):
+    """Schema, fake kernel with symbolic sizes, gradients, and tracing with those."""
+    inputs = [tensor.abs().add(0.1).requires_grad_() for tensor in draw(7, dtype=dtype)]
+    torch.library.opcheck(operator.default, (*inputs, feature_map, 1e-3), atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_gradients_of_the_op(feature_map):
+    inputs = [tensor.abs().add(0.1).requires_grad_() for tensor in draw(7, batch=1, heads=1)]
+    assert torch.autograd.gradcheck(lambda q, k, v: operator(q, k, v, feature_map), inputs)
+
+
+def test_one_input_may_need_no_gradient():
+    q, k, v = draw(7)
+    v.requires_grad_()
+    operator(q, k, v).sum().backward()
+    assert v.grad.isfinite().all()
+
+
+def test_multiply_accumulates_are_counted_as_those_of_the_reference():
+    inputs = draw(63)
+    with FlopCounterMode(display=False) as expected:
+        kernel_linear_attention(*inputs)
+    with FlopCounterMode(display=False) as counted:
+        operator(*inputs)
+    assert counted.get_total_flops() == expected.get_total_flops() == 2 * 2 * 3 * 63 * 5 * (2 * 3 + 1)
+
+
+def test_export_keeps_one_node_with_dynamic_sizes():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return operator(q, k, v, "elu1")
+
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("tokens")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(Model(), tuple(draw(7)), dynamic_shapes=(sizes,) * 3)
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [operator.default]
+    inputs = draw(65, batch=3)
+    torch.testing.assert_close(program.module()(*inputs), kernel_linear_attention(*inputs, "elu1"))
+
+
+@FORMS
+@pytest.mark.parametrize("feature_map", ["relu", "elu1"])
+def test_nan_and_infinity_stay_where_they_are(form, feature_map):
+    q, k, v = draw(7)
+    clean = form(q, k, v, feature_map)
+    q[0, 0, 3, 1] = torch.nan
+    k[1, 1, 2, 0] = torch.nan
+    v[1, 2, 2, 0] = torch.inf
+    got = form(q, k, v, feature_map)
+    assert got[0, 0, 3].isnan().all(), "a row whose query is NaN"
+    assert got[1, 1].isnan().all(), "a head with a NaN key"
+    assert not got[1, 2, :, 0].isfinite().any(), "a column of values with an infinity"
+    got[0, 0, 3], got[1, 1], got[1, 2, :, 0] = clean[0, 0, 3], clean[1, 1], clean[1, 2, :, 0]
+    torch.testing.assert_close(got, clean)
+
+
+@FORMS
+def test_unknown_feature_map(form):
     with pytest.raises(UnknownNameError, match="feature map 'elu'; did you mean"):
-        kernel_linear_attention(*draw(7), feature_map="elu")
+        form(*draw(7), feature_map="elu")
 
 
+@FORMS
+@pytest.mark.parametrize("eps", [-1e-6, float("nan"), float("inf")], ids=str)
+def test_eps_outside_the_contract(form, eps):
+    with pytest.raises(InputError, match=f"KernelLinearAttention takes a finite eps >= 0; got {eps}"):
+        form(*draw(7), eps=eps)
+
+
+@FORMS
+def test_mixed_and_other_dtypes(form):
+    q, k, v = draw(7)
+    with pytest.raises(InputError, match=r"one dtype out of .*; got q float64, k float32, v float64"):
+        form(q, k.float(), v)
+    with pytest.raises(InputError, match="got q int64, k int64, v int64"):
+        form(q.long(), k.long(), v.long())
+
+
+@FORMS
 @pytest.mark.parametrize(
     "shapes",
     [
         [(2, 3, 7, 5), (2, 3, 8, 5), (2, 3, 8, 3)],
         [(2, 3, 7, 5), (2, 3, 7, 4), (2, 3, 7, 3)],
         [(2, 3, 7, 5), (2, 3, 7, 5), (2, 1, 7, 3)],
+        [(2, 3, 7, 5), (1, 3, 7, 5), (2, 3, 7, 3)],
         [(3, 7, 5), (3, 7, 5), (3, 7, 3)],
+        [(2, 3, 0, 5), (2, 3, 0, 5), (2, 3, 0, 3)],
+        [(0, 3, 7, 5), (0, 3, 7, 5), (0, 3, 7, 3)],
+        [(2, 3, 7, 5), (2, 3, 7, 5), (2, 3, 7, 0)],
     ],
-    ids=["tokens", "head-dim", "heads", "no-batch"],
+    ids=["tokens", "head-dim", "heads", "batch", "no-batch", "no-tokens", "empty-batch", "no-values"],
 )
-def test_shapes_that_do_not_fit(shapes):
-    with pytest.raises(ShapeError, match=r"q and k \[B, H, N, D\] and v \[B, H, N, E\]; got q \("):
-        kernel_linear_attention(*(torch.zeros(shape) for shape in shapes))
+def test_shapes_that_do_not_fit(form, shapes):
+    text = r"q and k \[B, H, N, D\] and v \[B, H, N, E\] .* at least 1; got q \["
+    with pytest.raises(ShapeError, match=text):
+        form(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_the_contract_needs_no_torch():
+    code = (
+        "import sys; from edgekit.custom_ops.kernel_linear_attention import contract; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
