@@ -11,13 +11,23 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgekit.runtime.kernel_library import (
+    BUILD_COMMAND,
+    Found,
+    Host,
+    find_libraries,
+    kernels_root,
+    misfit,
+    this_host,
+)
 from edgekit.runtime.system import Machine, cpu_frequency_mhz, load_average, this_machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 Status = Literal["ok", "missing", "wrong"]
-Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "training"]
+Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "training", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,11 @@ PARTS = (
     Part("safetensors", "safetensors", "export to onnx", "weights files", "export"),
     Part("transformers", "transformers", "Hugging Face", "exporting Hugging Face directories", "huggingface"),
     Part("scikit-learn", "sklearn", "training", "the data sets of the examples", "train"),
+    Part("apache-tvm", "tvm", "kernels", "compiling kernels and whole models", "tvm"),
+    Part("apache-tvm-ffi", "tvm_ffi", "kernels", "the same", "tvm"),
 )
+# Versions that install and import but do not work, whatever range a package's metadata allows.
+KNOWN_BAD = {("apache-tvm-ffi", "0.1.15"): "it crashes in Schedule.tensorize and meta_schedule"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,14 @@ class Diagnosis:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
-def diagnose() -> Diagnosis:
-    """Look at the installed packages and the machine. Raises nothing: what cannot be found out is said so."""
+def diagnose(tools: Sequence[Check] = ()) -> Diagnosis:
+    """Look at the installed packages, the native kernels and the machine.
+
+    Raises nothing: what cannot be found out is said so.
+
+    Args:
+        tools: further checks, for what this part of edgekit may not import: the tools that build kernels.
+    """
     requirements, wanted_python = _edgekit_metadata()
     checks = [check_python(platform.python_version(), wanted_python)]
     for part in PARTS:
@@ -109,6 +129,7 @@ def diagnose() -> Diagnosis:
                 part, versions, importable=_is_importable(part.module), wanted=wanted_range(part.name, requirements)
             )
         )
+    checks += [*tools, check_kernels(kernels_root(), find_libraries(kernels_root()), this_host())]
     machine = this_machine()
     return Diagnosis(tuple(checks), machine, machine_notes(machine, load_average(), cpu_frequency_mhz()))
 
@@ -147,6 +168,9 @@ def check_part(part: Part, versions: dict[str, str], *, importable: bool, wanted
     if not importable:
         broken = f"pip install --force-reinstall '{name}{wanted}'"
         return result("wrong", f"{version}, but its module {part.module} is not there", broken)
+    for (bad_name, bad_version), problem in KNOWN_BAD.items():
+        if name == bad_name and re.match(rf"{re.escape(bad_version)}(?![0-9])", version):
+            return result("wrong", f"{version}: {problem}", f"pip install '{name}{wanted or f'!={bad_version}'}'")
     fits = in_range(version, wanted)
     if fits is False:
         return result("wrong", f"{version}, outside the range", f"pip install '{name}{wanted}'")
@@ -154,6 +178,26 @@ def check_part(part: Part, versions: dict[str, str], *, importable: bool, wanted
     if fits is None:
         remarks.append("range not checked: packaging is not installed")
     return result("ok", f"{version} ({'; '.join(remarks)})" if remarks else version)
+
+
+def check_kernels(root: Path, libraries: Sequence[Found], host: Host) -> Check:
+    """Say which of the kernel libraries in `root` serve this machine. None at all is no fault: function bodies run."""
+    fitting: list[str] = []
+    others: list[str] = []
+    for found in libraries:
+        reason = found.problem if found.library is None else misfit(found.library, host)
+        if reason:
+            others.append(f"{found.arch}: {reason}")
+        else:
+            fitting.append(found.arch)
+
+    def result(status: Status, found: str, mend: str | None = None) -> Check:
+        return Check("native kernels", "kernels", status, found, "", "running custom ops fast", mend)
+
+    if fitting:
+        more = f" ({len(others)} more for others)" if others else ""
+        return result("ok", f"{', '.join(fitting)} in {root}{more}")
+    return result("missing", "; ".join(others) or f"none built in {root}", BUILD_COMMAND)
 
 
 def wanted_range(name: str, requirements: Sequence[str]) -> str:

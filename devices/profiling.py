@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, overload
 
 from edgekit.devices.database import get_device
+from edgekit.errors import InputError
 from edgekit.runtime import profiler
 from edgekit.runtime.bundle import Bundle
 
@@ -25,6 +26,8 @@ def profile(
     vs: None = ...,
     backend: str | None = ...,
     threads: int | None = ...,
+    kernels: str | os.PathLike[str] = ...,
+    vs_kernels: str | os.PathLike[str] | None = ...,
     sizes: Mapping[str, int] | None = ...,
     runs: int | None = ...,
     warmup: int | None = ...,
@@ -43,6 +46,8 @@ def profile(
     vs: BundleLike,
     backend: str | None = ...,
     threads: int | None = ...,
+    kernels: str | os.PathLike[str] = ...,
+    vs_kernels: str | os.PathLike[str] | None = ...,
     sizes: Mapping[str, int] | None = ...,
     runs: int | None = ...,
     warmup: int | None = ...,
@@ -60,6 +65,8 @@ def profile(
     vs: BundleLike | None = None,
     backend: str | None = None,
     threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
+    vs_kernels: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     runs: int | None = None,
     warmup: int | None = None,
@@ -79,6 +86,8 @@ def profile(
         vs: a rival bundle to measure in turns with this one; the result is then a `ProfileComparison`.
         backend: the name of a backend; None takes the first that fits the bundle's target.
         threads: threads for one run; None leaves it to the backend.
+        kernels: as for `edgekit.load`.
+        vs_kernels: the rival's; None for the same.
         sizes: values of symbolic dimensions, such as `{"N": 4}`.
         runs: exactly so many timed runs; None: as many as a precise median needs.
         warmup: exactly so many untimed runs, at least 1; None: until the latency has settled.
@@ -94,10 +103,13 @@ def profile(
     get_device(on)
     opened = Bundle.open(bundle)
     if vs is None:
+        if vs_kernels is not None:
+            raise InputError("vs_kernels are those of the rival; name it with vs, which may be the same bundle")
         result = profiler.profile(
             opened,
             backend=backend,
             threads=threads,
+            kernels=kernels,
             sizes=sizes,
             runs=runs,
             warmup=warmup,
@@ -112,6 +124,8 @@ def profile(
         vs,
         backend=backend,
         threads=threads,
+        kernels=kernels,
+        vs_kernels=vs_kernels,
         sizes=sizes,
         runs=runs,
         warmup=warmup,

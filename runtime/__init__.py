@@ -10,6 +10,7 @@ session.run({"image": array})                     # {"logits": array}
 from edgekit.runtime.bundle import Bundle, Samples
 from edgekit.runtime.compare import OutputComparison, compare_arrays, compare_outputs
 from edgekit.runtime.datasets import Dataset, load_dataset
+from edgekit.runtime.kernel_library import NodeKernel
 from edgekit.runtime.manifest import DimRange, Manifest, TensorSpec
 from edgekit.runtime.postprocess import Prediction, softmax, top_k
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -23,6 +24,7 @@ __all__ = [
     "DimRange",
     "ImagePreprocessing",
     "Manifest",
+    "NodeKernel",
     "OutputComparison",
     "Prediction",
     "Profile",

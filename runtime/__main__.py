@@ -20,6 +20,7 @@ from edgekit.errors import EdgekitError, InputError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import Dataset, load_dataset
 from edgekit.runtime.images import is_image
+from edgekit.runtime.kernel_library import KERNELS_HELP
 from edgekit.runtime.profiler import profile, profile_pair
 from edgekit.runtime.report import comparison_lines, profile_lines
 from edgekit.runtime.session import Array, Session, load
@@ -79,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(command=command)
         sub.add_argument("bundle", metavar="BUNDLE", help="a .edge folder or a packed .edge.zip file")
+        sub.add_argument("--backend", metavar="NAME", help="tvm runs the native code of a tvm bundle")
         sub.add_argument("--threads", "-t", type=int, metavar="N", help="threads for one run; default: one per core")
+        sub.add_argument(
+            "--kernels", default="auto", metavar="auto|portable|PATH", help=f"{KERNELS_HELP}; default: auto"
+        )
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         return sub
 
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DIR_OR_NPZ", help="also measure accuracy: class folders of images, or an .npz")
     sub = add("profile", _profile, "How fast is it here, and can the figures be trusted?")
     sub.add_argument("--vs", metavar="BUNDLE", help="a second bundle: measure both in turns and compare")
+    sub.add_argument("--vs-kernels", metavar="auto|portable|PATH", help="kernels of that bundle; default: the same")
     sub.add_argument("--size", action="append", default=[], metavar="NAME=N", help="the size of a dynamic dimension")
     sub.add_argument("--runs", type=int, metavar="N", help="timed runs; default: until the median is precise")
     sub = add("run", _run, "The answer to images (with the bundle's own preprocessing and labels) or to arrays.")
@@ -103,26 +109,34 @@ _Result = tuple[Any, list[str], bool]
 def _verify(options: argparse.Namespace) -> _Result:
     bundle = Bundle.open(options.bundle)
     data = None if options.data is None else _dataset(bundle, Path(options.data))
-    result = verify(bundle, data=data, threads=options.threads)
+    result = verify(bundle, data=data, backend=options.backend, threads=options.threads, kernels=options.kernels)
     return result.to_json(), verification_lines(result), bool(result)
 
 
 def _profile(options: argparse.Namespace) -> _Result:
-    bundle, sizes = Bundle.open(options.bundle), _sizes(options.size)
-    if options.vs is None:
-        result = profile(bundle, threads=options.threads, sizes=sizes, runs=options.runs)
+    bundle = Bundle.open(options.bundle)
+    shared = {
+        "backend": options.backend,
+        "threads": options.threads,
+        "kernels": options.kernels,
+        "sizes": _sizes(options.size),
+        "runs": options.runs,
+    }
+    if options.vs is None and options.vs_kernels is None:
+        result = profile(bundle, **shared)
         bundle.add_to_report("profile", result.to_json())
         return result.to_json(), profile_lines(result), True
-    pair = profile_pair(bundle, options.vs, threads=options.threads, sizes=sizes, runs=options.runs)
+    rival = bundle if options.vs is None else options.vs
+    pair = profile_pair(bundle, rival, vs_kernels=options.vs_kernels, **shared)
     bundle.add_to_report("profile", pair.a.to_json())
     bundle.add_to_report("comparison", pair.to_json())
     return pair.to_json(), comparison_lines(pair), True
 
 
 def _run(options: argparse.Namespace) -> _Result:
-    session = load(options.bundle, threads=options.threads)
+    session = load(options.bundle, backend=options.backend, threads=options.threads, kernels=options.kernels)
     data: list[dict[str, Any]] = []
-    lines: list[str] = []
+    lines = [f"note: {session.kernels_note}"] if session.kernels_note else []
     raw: dict[str, Array] = {}
     for path in map(Path, options.inputs):
         if is_image(path):

@@ -1,16 +1,25 @@
-"""Which files does an ONNX model want to read besides its own? Found without the onnx package.
+"""What must be known of an ONNX model before it is loaded? Found without the onnx package.
 
-An ONNX tensor may keep its values in another file, at a path that the model chooses. onnxruntime reads such files when
-it loads the model: recent versions refuse paths out of the model's folder, older ones do not, and all of them take a
-file that no manifest lists. So edgekit looks before it loads. The protobuf wire format is small enough to walk:
-https://protobuf.dev/programming-guides/encoding, field numbers from
+Which files does it want to read besides its own? An ONNX tensor may keep its values in another file, at a path that the
+model chooses. onnxruntime reads such files when it loads the model: recent versions refuse paths out of the model's
+folder, older ones do not, and all of them take a file that no manifest lists. So edgekit looks before it loads.
+
+Which of its nodes are ops of ours? These may be served by native kernels, or by the function bodies in the model.
+
+The protobuf wire format is small enough to walk: https://protobuf.dev/programming-guides/encoding, field numbers from
 https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import mmap
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
+
+from edgekit.runtime.bundle import Bundle
 
 Message = Literal["model", "training", "graph", "function", "node", "attribute", "sparse", "tensor"]
 
@@ -27,6 +36,28 @@ _CHILDREN: dict[Message, dict[int, Message]] = {
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+# The fields that lead to nodes and to the types of tensors.
+_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_FUNCTIONS = 7, 8, 25
+_GRAPH_NODES, _GRAPH_INITIALIZERS, _GRAPH_VALUES = 1, 5, (11, 12, 13)
+_FUNCTION_NAME, _FUNCTION_NODES, _FUNCTION_OPSETS, _FUNCTION_DOMAIN, _FUNCTION_VALUES = 1, 7, 9, 10, (12,)
+_NODE_INPUTS, _NODE_OUTPUTS, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTES, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+_ATTRIBUTE_GRAPHS = (6, 11)
+_LONGEST_TEXT = 4096
+_DTYPES = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class CustomNode:
+    """A node of an op of ours: its name (of its first output where it has none), op, and the dtype of its tensors.
+
+    `dtype` is that of the first input; None where the model does not tell. `has_body`: the model holds its function.
+    """
+
+    name: str
+    op: str
+    dtype: str | None
+    has_body: bool = True
 
 
 def external_data(model: memoryview) -> list[str]:
@@ -53,6 +84,118 @@ def external_data(model: memoryview) -> list[str]:
     if not has_graph:
         raise ValueError("it holds no graph")
     return found
+
+
+def custom_nodes(model: memoryview, domain: str) -> tuple[CustomNode, ...]:
+    """The nodes of a serialized ONNX model whose ops are of `domain`, those in the bodies of control flow included.
+
+    Bodies of functions count too, except for the functions of `domain`, which say what its ops mean. Cheap where the
+    model does not import the domain. Raises `ValueError` as `external_data` does.
+    """
+    top = list(_messages(model))
+    functions = [(value, list(_messages(value))) for field, value in top if field == _MODEL_FUNCTIONS]
+    opsets = [value for field, value in top if field == _MODEL_OPSETS]
+    opsets += [value for _, parts in functions for field, value in parts if field == _FUNCTION_OPSETS]
+    if domain not in map(_first_text, opsets):
+        return ()
+    bodies = [parts for _, parts in functions if (_FUNCTION_DOMAIN, domain) in _texts(parts)]
+    named = {text for parts in bodies for field, text in _texts(parts) if field == _FUNCTION_NAME}
+    # What is left to look at: a function or a graph, and the dtypes that are known around it.
+    left: deque[tuple[bool, memoryview, dict[str, str]]] = deque()
+    left += ((False, value, {}) for field, value in top if field == _MODEL_GRAPH)
+    left += ((True, value, {}) for value, parts in functions if (_FUNCTION_DOMAIN, domain) not in _texts(parts))
+    found: list[CustomNode] = []
+    while left:
+        is_function, message, outer = left.popleft()
+        fields = list(_messages(message))
+        dtypes = outer | _dtypes(fields, is_function)
+        for field, node in fields:
+            if field == (_FUNCTION_NODES if is_function else _GRAPH_NODES):
+                parts = list(_messages(node))
+                left += ((False, graph, dtypes) for graph in _subgraphs(parts))
+                found += _custom_node(parts, domain, dtypes, named)
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def mapped(bundle: Bundle, name: str) -> Iterator[memoryview]:
+    """The bytes of a file: of a folder's as the system pages them in, so that they take no memory of their own."""
+    path = bundle.file(name)
+    if path is None or path.stat().st_size == 0:  # an empty file cannot be mapped
+        yield memoryview(bundle.read(name))
+        return
+    with path.open("rb") as stream:
+        # Not closed here: slices may be alive in the traceback of an error. It closes with the last of them.
+        yield memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _custom_node(
+    parts: list[tuple[int, memoryview]], domain: str, dtypes: Mapping[str, str], bodies: set[str]
+) -> Iterator[CustomNode]:
+    """The node with these fields where it is of `domain`."""
+    texts: dict[int, list[str]] = {}
+    for field, text in _texts(parts):
+        texts.setdefault(field, []).append(text)
+    if domain in texts.get(_NODE_DOMAIN, ()):
+        inputs, outputs = texts.get(_NODE_INPUTS, [""]), texts.get(_NODE_OUTPUTS, [""])
+        name = texts.get(_NODE_NAME, [""])[-1] or outputs[0]
+        op = texts.get(_NODE_OP, [""])[-1]
+        yield CustomNode(name, op, dtypes.get(inputs[0]) or dtypes.get(outputs[0]), op in bodies)
+
+
+def _subgraphs(parts: list[tuple[int, memoryview]]) -> Iterator[memoryview]:
+    for field, attribute in parts:
+        if field == _NODE_ATTRIBUTES:
+            yield from (graph for number, graph in _messages(attribute) if number in _ATTRIBUTE_GRAPHS)
+
+
+def _dtypes(fields: list[tuple[int, memoryview]], is_function: bool) -> dict[str, str]:
+    """The dtypes of the tensors that a graph or a function declares, by name."""
+    found: dict[str, str] = {}
+    for field, value in fields:
+        if field == _GRAPH_INITIALIZERS and not is_function:
+            parts = list(_fields(value))
+            name = next((_decoded(text) for at, text in parts if at == 8 and isinstance(text, memoryview)), "")
+            code = next((number for at, number in parts if at == 2 and isinstance(number, int)), 0)
+        elif field in (_FUNCTION_VALUES if is_function else _GRAPH_VALUES):
+            name = _first_text(value)
+            code = _element_type(value)
+        else:
+            continue
+        if code:
+            found[name] = _DTYPES.get(code, f"ONNX type {code}")
+    return found
+
+
+def _element_type(value_info: memoryview) -> int:
+    """The number of a tensor's dtype: ValueInfo.type.tensor_type.elem_type; 0 where it is no tensor or not told."""
+    kinds = [kind for field, kind in _messages(value_info) if field == 2]
+    tensors = [tensor for kind in kinds for field, tensor in _messages(kind) if field == 1]
+    codes = [code for tensor in tensors for field, code in _fields(tensor) if field == 1]
+    return next((code for code in codes if isinstance(code, int)), 0)
+
+
+def _messages(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The fields that are text, a message or an array."""
+    for field, value in _fields(message):
+        if isinstance(value, memoryview):
+            yield field, value
+
+
+def _texts(parts: list[tuple[int, memoryview]]) -> Iterator[tuple[int, str]]:
+    """The fields of a node or a function that hold text, as far as they are short: the others hold messages."""
+    for field, value in parts:
+        if len(value) <= _LONGEST_TEXT:
+            yield field, _decoded(value)
+
+
+def _first_text(message: memoryview) -> str:
+    """Field 1 as text: the domain of an opset, the name of a value."""
+    return next((_decoded(value) for field, value in _messages(message) if field == 1), "")
+
+
+def _decoded(value: memoryview) -> str:
+    return bytes(value).decode("utf-8", "replace")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

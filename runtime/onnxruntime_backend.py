@@ -1,24 +1,33 @@
-"""Run `onnx` bundles in onnxruntime on the CPU."""
+"""Run `onnx` bundles in onnxruntime on the CPU, with native kernels for edgekit's own ops where they fit."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
+import logging
+import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from edgekit.errors import BundleError, InputError
+from edgekit.runtime import kernel_library
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.kernel_library import DOMAIN, Choice, KernelLibrary
 from edgekit.runtime.manifest import TensorSpec
-from edgekit.runtime.onnx_files import external_data
+from edgekit.runtime.onnx_files import CustomNode, custom_nodes, external_data, mapped
+from edgekit.runtime.op_times import Event, node_times
 from edgekit.runtime.session import Array, Session
 
+GUARD = "edgekit: "
+"""Names of nodes in function bodies that begin so are messages: see `edgekit.custom_ops.onnx_function`, which writes
+them. The runtime imports nothing of edgekit's but itself, so a test holds both to be equal."""
+
+_LOG = logging.getLogger("edgekit")
 # onnxruntime's names of the dtypes that a manifest may list.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -34,23 +43,24 @@ class OnnxRuntimeSession(Session):
 
     backend = "onnxruntime-cpu"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, kernels: str | os.PathLike[str] = "auto") -> None:
         super().__init__(bundle, threads)
         start = time.perf_counter()
-        self._check_files()
-        self._session = self._create(session_options(threads))
+        self._nodes = self._look_into_file()
+        self._library, self._session = self._create_with(kernels)
         self.load_seconds = time.perf_counter() - start
         self._output_names = [spec.name for spec in self.outputs]
         self._check_tensors("inputs", self.inputs, self._session.get_inputs())
         self._check_tensors("outputs", self.outputs, self._session.get_outputs())
 
-    def _check_files(self) -> None:
-        """Refuse a model that would make onnxruntime read any file but its own."""
+    def _look_into_file(self) -> tuple[CustomNode, ...]:
+        """The nodes of our own ops. Refuses a model that would make onnxruntime read any file but its own."""
         name = self.bundle.manifest.model_file
         where = f"{self.bundle.path.name}/{name}"
         try:
-            with _mapped(self.bundle, name) as content:
+            with mapped(self.bundle, name) as content:
                 outside = external_data(content)
+                nodes = custom_nodes(content, DOMAIN)
         except ValueError as error:  # BundleError says its own
             if isinstance(error, BundleError):
                 raise
@@ -60,6 +70,38 @@ class OnnxRuntimeSession(Session):
                 f"{where} keeps tensors in other files ({outside[0][:80]!r}), which no bundle does; refusing to read "
                 "them. Save the model in one file and export it again"
             )
+        return nodes
+
+    def _create_with(
+        self, kernels: str | os.PathLike[str]
+    ) -> tuple[KernelLibrary | None, onnxruntime.InferenceSession]:
+        """A session on the kernels asked for; sets `kernels` and `kernels_note`."""
+        choice = Choice(None, "")
+        if self._nodes or kernels not in ("auto", "portable"):  # else nothing is to be looked for
+            host = kernel_library.this_host(onnxruntime.__version__)
+            choice = kernel_library.choose(self._nodes, kernels, host, bundle=self.bundle.path)
+        session = None
+        if self._nodes and choice.library is not None:
+            path = choice.library.path
+            try:
+                session = self._create(session_options(self.threads), choice.library)
+            except BundleError as error:
+                if kernels != "auto":
+                    raise InputError(f"cannot use the kernels in {path}: {error}") from error
+                choice = Choice(None, f"the kernels in {path} could not be used: {error}")
+        self.kernels = choice.kernels(self._nodes)
+        if self._nodes and choice.library is None and kernels == "auto":
+            self.kernels_note = f"function bodies instead of native kernels: {choice.reason}"
+            _LOG.info("%s: %s", self.bundle.name, self.kernels_note)
+        if session is not None:
+            return choice.library, session
+        if bare := sorted({node.op for node in self._nodes if not node.has_body}):
+            ops = ", ".join(f"{DOMAIN}::{op}" for op in bare)
+            raise BundleError(
+                f"{self.bundle.path.name} holds no function bodies for {ops}, so it needs native kernels; "
+                f"{choice.reason}"
+            )
+        return None, self._create(session_options(self.threads), None)
 
     def _check_tensors(self, side: str, specs: tuple[TensorSpec, ...], nodes: Sequence[Any]) -> None:
         """Raise `BundleError` unless the model's tensors are those of the manifest: names, dtypes and fixed sizes."""
@@ -79,11 +121,15 @@ class OnnxRuntimeSession(Session):
                     f"{where} has {name!r} as {node.type} {node.shape}, its manifest says {spec}; export it again"
                 )
 
-    def _create(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    def _create(
+        self, options: onnxruntime.SessionOptions, library: KernelLibrary | None
+    ) -> onnxruntime.InferenceSession:
         name = self.bundle.manifest.model_file
         path = self.bundle.file(name)
         source: str | bytes = str(path) if path is not None else self.bundle.read(name)
         try:
+            if library is not None:
+                options.register_custom_ops_library(str(library.path))
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, none with a common base
             raise BundleError(
@@ -94,48 +140,56 @@ class OnnxRuntimeSession(Session):
         try:
             values = self._session.run(self._output_names, inputs)
         except Exception as error:  # see _create
-            raise InputError(f"onnxruntime could not run {self.bundle.name}: {error}") from error
+            message = op_error(str(error), {node.op for node in self._nodes})
+            raise InputError(message or f"onnxruntime could not run {self.bundle.name}: {error}") from error
         return dict(zip(self._output_names, values, strict=True))
 
     def op_times(self, inputs: Mapping[str, Array], *, runs: int) -> list[dict[str, Any]]:
-        """Time every node over `runs` runs in a separate, profiled session.
+        """Time every node over `runs` runs in a separate, profiled session on the same kernels.
 
-        Returns one entry per node of the optimized graph: `name`, `op`, `microseconds` (a list, one per run).
+        Returns one entry per node of the optimized graph: see `edgekit.runtime.op_times.node_times`.
         """
         with tempfile.TemporaryDirectory(prefix="edgekit-profile-") as folder:
             options = session_options(self.threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "ort")
-            session = self._create(options)
+            session = self._create(options, self._library)
             for _ in range(runs):
                 session.run(self._output_names, inputs)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        nodes: dict[str, dict[str, Any]] = {}
-        for event in events:
-            if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-                continue
-            name = event["name"].removesuffix("_kernel_time")
-            node = nodes.setdefault(name, {"name": name, "op": event["args"]["op_name"], "microseconds": []})
-            node["microseconds"].append(float(event["dur"]))
-        return list(nodes.values())
+            trace = Path(session.end_profiling()).read_text(encoding="utf-8")
+        events = json.loads(trace, object_hook=_kept)
+        timed = [
+            Event(event["name"].removesuffix("_kernel_time"), event["args"]["op_name"], event["ts"], event["dur"])
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        ]
+        return node_times(timed, {node.op for node in self._nodes}, DOMAIN)
 
 
-@contextlib.contextmanager
-def _mapped(bundle: Bundle, name: str) -> Iterator[memoryview]:
-    """The bytes of a file: of a folder's as the system pages them in, so that they take no memory of their own."""
-    path = bundle.file(name)
-    if path is None or path.stat().st_size == 0:  # an empty file cannot be mapped
-        yield memoryview(bundle.read(name))
-        return
-    with path.open("rb") as stream:
-        # Not closed here: slices may be alive in the traceback of an error. It closes with the last of them.
-        yield memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+def _kept(item: dict[str, Any]) -> dict[str, Any]:
+    """The few fields of a trace that are read: the others would take several times the memory of the trace's text."""
+    return {key: item[key] for key in ("cat", "name", "args", "op_name", "ts", "dur") if key in item}
+
+
+def op_error(text: str, ops: set[str]) -> str | None:
+    """The message of an op of ours in onnxruntime's account of a failed run; None where another node failed.
+
+    A native kernel's message is the status; a function body has none, so its message is the name of its guard.
+    """
+    if match := re.search(rf"Name:'[^']*?{re.escape(GUARD)}(.*?)' Status Message: ", text, re.DOTALL):
+        return match[1]
+    names = "|".join(map(re.escape, sorted(ops)))
+    match = re.search(rf"while running (?:{names}) node\. Name:'.*?' Status Message: (.+)", text, re.DOTALL)
+    return match[1].strip() if match and names else None
 
 
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """onnxruntime's defaults (all graph optimizations, spinning threads), warnings silenced, `threads` set."""
+    """onnxruntime's defaults (all graph optimizations, spinning threads), `threads` set.
+
+    Its log is silenced: warnings are not for users of a finished model, and errors come as exceptions too.
+    """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
 TOP_NODES = 10
 # The time of these nodes is that of the nodes in their bodies, which are listed themselves.
 _CONTAINERS = frozenset({"If", "Loop", "Scan"})
+
+
+# onnxruntime names the nodes of an inlined function after it.
+_INLINED = "_inlfunc_"
+
+
+class Event(NamedTuple):
+    """One call of a node, from a runtime's trace: when it started and how long it took, both in microseconds."""
+
+    name: str
+    op: str
+    start: float
+    duration: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,41 @@ def op_breakdown(
     op_times.sort(key=lambda item: (-item.ms_per_run, item.op))
     node_times.sort(key=lambda item: (-item.ms_per_run, item.name))
     return tuple(op_times), tuple(node_times[:TOP_NODES])
+
+
+def node_times(events: Iterable[Event], custom_ops: set[str], domain: str) -> list[dict[str, Any]]:
+    """A trace's calls by node: `name`, `op`, and `microseconds`, one per call in order of time.
+
+    A node of a custom op counts as `edgekit::Op`. Where onnxruntime expanded its function body instead, the nodes of
+    the body count as `edgekit::Op (body)`, as far as they can be told: nodes that carry a name in the body, and all
+    that run inside of one of these. A loop in a body counts with its own time, without that of the nodes inside.
+    """
+    names = "|".join(map(re.escape, sorted(custom_ops, key=len, reverse=True)))
+    inlined = re.compile(f"{_INLINED}({names})_") if custom_ops else None
+    nodes: dict[tuple[str, str], dict[str, Any]] = {}
+    # The calls that are under way when the next starts: end, custom op, own entry.
+    open_calls: list[tuple[float, str | None, dict[str, Any]]] = []
+    for event in sorted(events, key=lambda each: (each.start, -each.duration)):
+        while open_calls and open_calls[-1][0] <= event.start:
+            open_calls.pop()
+        parent = open_calls[-1] if open_calls else None
+        match = inlined.search(event.name) if inlined else None
+        body = match[1] if match else parent[1] if parent else None
+        is_loop = event.op in _CONTAINERS
+        op = event.op
+        if body is not None:
+            op = f"{domain}::{body} (body)"
+        elif op in custom_ops:
+            op = f"{domain}::{op}"
+        # Nodes of two loops may have the same name.
+        key = (event.name, parent[2]["name"] if parent else "")
+        node = nodes.setdefault(key, {"name": event.name, "op": op, "microseconds": []})
+        node["microseconds"].append(float(event.duration))
+        if parent is not None and parent[1] is not None:
+            parent[2]["microseconds"][-1] -= float(event.duration)
+        if is_loop:
+            open_calls.append((event.start + event.duration, body, node))
+    return list(nodes.values())
 
 
 def _per_run(microseconds: Sequence[float], runs: int) -> NDArray[np.float64]:

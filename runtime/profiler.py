@@ -21,8 +21,9 @@ import numpy as np
 from edgekit.errors import InputError
 from edgekit.runtime import timing
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.kernel_library import KernelUse, kernel_kinds, kernel_uses
 from edgekit.runtime.op_times import NodeTime, OpTime, op_breakdown
-from edgekit.runtime.session import Array, Session, load, random_inputs
+from edgekit.runtime.session import Array, Session, backend_for, load, random_inputs
 from edgekit.runtime.system import (
     Machine,
     PeakMemory,
@@ -41,6 +42,8 @@ SCHEMA = 1
 # The threads of a session go on spinning for up to about 90 ms after its last run and slow down whatever comes next.
 SPIN_MS = 100.0
 _OP_RUNS, _OP_MS, _MOST_SETTLING_RUNS = (3, 50), 1_000.0, 200
+# A loop in a function body can make thousands of calls per run, and a backend's trace takes about 1 KB for each.
+_MOST_CALLS = 50_000
 
 InputSource = Literal["stored sample", "random"]
 
@@ -52,6 +55,7 @@ class Profile:
     Attributes:
         bundle, file: the bundle's name and its file or folder name.
         started: UTC, ISO 8601.
+        kernels: what served edgekit's own ops; the figures hold for these kernels alone. Empty where there are none.
         threads: how many one run uses; counted where the backend chose, None where the system does not count.
         inputs: the shapes that were run, by name; `input_source` says with which values.
         runs, warmup_runs: timed and untimed runs; the first run, in `first_run_ms`, is one of the untimed.
@@ -68,6 +72,7 @@ class Profile:
     file: str
     started: str
     backend: str
+    kernels: tuple[KernelUse, ...]
     threads: int | None
     inputs: dict[str, tuple[int, ...]]
     input_source: InputSource
@@ -140,6 +145,7 @@ def profile(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
     sizes: Mapping[str, int] | None = None,
     runs: int | None = None,
     warmup: int | None = None,
@@ -153,6 +159,7 @@ def profile(
         bundle: a bundle's folder or packed file, or an opened `Bundle`.
         backend: the name of a backend; None takes the first that fits the bundle's target.
         threads: threads for one run; None leaves it to the backend.
+        kernels: as for `edgekit.load`.
         sizes: values of symbolic dimensions, such as `{"N": 4}`. The bundle's first stored sample is run where it has
             these sizes, else random values; dimensions not named here then take their smallest size.
         runs: exactly so many timed runs; None: as many as a precise median needs.
@@ -169,7 +176,7 @@ def profile(
     opened = Bundle.open(bundle)
     started, load_before = _now(), load_average()
     with _no_garbage_collection():
-        subject = _prepare(opened, policy, backend, threads, sizes)
+        subject = _prepare(opened, policy, backend, threads, kernels, sizes)
         latencies = timing.measure(_timer(subject), policy)
     return _report(subject, latencies, started, load_before, ops=ops)
 
@@ -180,6 +187,8 @@ def profile_pair(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
+    vs_kernels: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     runs: int | None = None,
     warmup: int | None = None,
@@ -190,8 +199,10 @@ def profile_pair(
 ) -> ProfileComparison:
     """Measure two bundles in turns, in one process, and compare their medians.
 
-    Takes the arguments of `profile`, for both bundles; `runs` and the times are per bundle. `seed` draws the order of
-    the turns and the bootstrap's samples.
+    Takes the arguments of `profile`, for both bundles; `runs` and the times are per bundle, `backend` is for the one
+    whose target it runs. `vs_kernels` are the
+    kernels of the second, None for the same: one bundle may so be measured against itself on other kernels. `seed`
+    draws the order of the turns and the bootstrap's samples.
 
     Raises:
         InputError: as `profile`; also fewer than 8 runs (too few turns to compare), or bundles that take different
@@ -204,9 +215,10 @@ def profile_pair(
     opened = Bundle.open(bundle_a), Bundle.open(bundle_b)
     started, load_before = _now(), load_average()
     with _no_garbage_collection():
-        a = _prepare(opened[0], policy, backend, threads, sizes)
+        a = _prepare(opened[0], policy, backend_for(opened[0], backend), threads, kernels, sizes)
         time.sleep(SPIN_MS / 1000)
-        b = _prepare(opened[1], policy, backend, threads, sizes)
+        b_kernels = kernels if vs_kernels is None else vs_kernels
+        b = _prepare(opened[1], policy, backend_for(opened[1], backend), threads, b_kernels, sizes)
         if _batch(a) != _batch(b):
             raise InputError(
                 f"{opened[0].name} runs batches of {_batch(a)} and {opened[1].name} of {_batch(b)}; choose sizes for "
@@ -249,16 +261,26 @@ def choose_inputs(bundle: Bundle, sizes: Mapping[str, int] | None) -> tuple[dict
 
 
 def _prepare(
-    bundle: Bundle, policy: Policy, backend: str | None, threads: int | None, sizes: Mapping[str, int] | None
+    bundle: Bundle,
+    policy: Policy,
+    backend: str | None,
+    threads: int | None,
+    kernels: str | os.PathLike[str],
+    sizes: Mapping[str, int] | None,
 ) -> _Subject:
     # A library's own memory and threads are no part of the session's: import it before anything is counted.
     import edgekit.runtime.onnxruntime_backend  # noqa: F401
+
+    if backend == "tvm":
+        from edgekit.runtime.tvm_backend import import_tvm
+
+        import_tvm()
 
     inputs, source = choose_inputs(bundle, sizes)
 
     def start() -> tuple[Session, int | None, list[int]]:
         before = thread_count()
-        session = load(bundle, backend=backend, threads=threads)
+        session = load(bundle, backend=backend, threads=threads, kernels=kernels)
         after = thread_count()
         counted = None if before is None or after is None else 1 + max(0, after - before)
         durations = timing.warm_up(_run_timer(session, inputs), policy)
@@ -278,6 +300,7 @@ def _report(subject: _Subject, latencies: Series, started: str, load_before: flo
         file=bundle.path.name,
         started=started,
         backend=subject.session.backend,
+        kernels=kernel_uses(subject.session.kernels),
         threads=subject.threads,
         inputs={name: tuple(array.shape) for name, array in subject.inputs.items()},
         input_source=subject.input_source,
@@ -299,6 +322,7 @@ def _report(subject: _Subject, latencies: Series, started: str, load_before: flo
             "edgekit": installed_version("edgekit"),
             "numpy": installed_version("numpy"),
             "onnxruntime": installed_version("onnxruntime"),
+            **({"apache-tvm": installed_version("apache-tvm")} if subject.session.backend == "tvm-cpu" else {}),
         },
     )
 
@@ -310,6 +334,10 @@ def _time_ops(subject: _Subject, typical_ms: float) -> tuple[tuple[OpTime, ...],
     skip = min(_MOST_SETTLING_RUNS, 1 + math.ceil(SPIN_MS / typical_ms))
     fewest, most = _OP_RUNS
     runs = skip + max(fewest, min(most, math.ceil(_OP_MS / typical_ms)))
+    if any(not item.native for item in subject.session.kernels):
+        calls = sum(len(node["microseconds"]) for node in subject.session.op_times(subject.inputs, runs=1))
+        runs = max(1 + fewest, min(runs, _MOST_CALLS // max(1, calls)))
+        skip = min(skip, runs - fewest)
     return op_breakdown(subject.session.op_times(subject.inputs, runs=runs), runs=runs, skip=skip)
 
 
@@ -337,7 +365,10 @@ def _batch(subject: _Subject) -> int:
 def _labels(a: Profile, b: Profile) -> tuple[str, str]:
     if a.bundle != b.bundle:
         return a.bundle, b.bundle
-    return (a.file, b.file) if a.file != b.file else ("A", "B")
+    if a.file != b.file:
+        return a.file, b.file
+    first, second = kernel_kinds(a.kernels), kernel_kinds(b.kernels)
+    return (f"{a.bundle} on {first}", f"{b.bundle} on {second}") if first != second else ("A", "B")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekit.runtime.kernel_library import kernel_kinds, kernel_lines
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,6 +79,7 @@ def profile_lines(profile: Profile) -> list[str]:
     latency, stability = profile.latency_ms, profile.stability
     shapes = ", ".join(f"{name} {list(shape)}" for name, shape in profile.inputs.items())
     threads = "unknown threads" if profile.threads is None else plural(profile.threads, "thread")
+    kernels = kernel_lines(profile.kernels)
     figures = ("p50", "p90", "p99", "mean", "std", "min", "max")
     facts = [
         ("latency", ", ".join(f"{figure} {ms(getattr(latency, figure))}" for figure in figures)),
@@ -86,10 +89,12 @@ def profile_lines(profile: Profile) -> list[str]:
         ("model", bytes_(profile.model_bytes)),
         ("timing", f"{stability.verdict} over {plural(profile.runs, 'run')} after {profile.warmup_runs} to warm up"),
         *(("", f"- {reason}") for reason in stability.reasons),
+        *(("" if index else "kernels", line) for index, line in enumerate(kernels)),
         ("machine", machine_line(profile.machine)),
         ("versions", ", ".join(f"{name} {version}" for name, version in profile.versions.items())),
     ]
-    lines = [f"{profile.bundle}: {profile.backend}, {threads}, {shapes} ({profile.input_source})"]
+    setting = ", ".join(filter(None, (profile.backend, kernel_kinds(profile.kernels), threads, shapes)))
+    lines = [f"{profile.bundle}: {setting} ({profile.input_source})"]
     lines += table(facts).splitlines()
     if profile.ops:
         rows = [(op.op, str(op.count), ms(op.ms_per_run), percent(op.share)) for op in profile.ops]
@@ -102,17 +107,14 @@ def profile_lines(profile: Profile) -> list[str]:
 def comparison_lines(comparison: ProfileComparison) -> list[str]:
     """An interleaved comparison as lines of text: both latencies side by side, then the verdict."""
     sides = (comparison.a, comparison.b)
+    names = [" on ".join(filter(None, (side.bundle, kernel_kinds(side.kernels)))) for side in sides]
     rows = [
-        (
-            side.bundle,
-            *(ms(getattr(side.latency_ms, figure)) for figure in ("p50", "p90", "p99")),
-            side.stability.verdict,
-        )
-        for side in sides
+        (name, *(ms(getattr(side.latency_ms, figure)) for figure in ("p50", "p90", "p99")), side.stability.verdict)
+        for name, side in zip(names, sides, strict=True)
     ]
     lines = table(rows, ("bundle", "p50", "p90", "p99", "timing"), "lrrrl").splitlines()
-    for side in sides:
-        lines += [f"- {side.bundle}: {reason}" for reason in side.stability.reasons]
+    for name, side in zip(names, sides, strict=True):
+        lines += [f"- {name}: {reason}" for reason in side.stability.reasons]
     return [*lines, comparison.verdict]
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import InputError, UnknownNameError
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.kernel_library import NodeKernel
 from edgekit.runtime.manifest import DimRange, TensorSpec
 from edgekit.runtime.postprocess import Prediction, top_k
 
@@ -30,6 +31,8 @@ class Session(ABC):
         backend: what runs it, such as `onnxruntime-cpu`.
         threads: how many threads one run may use; None leaves it to the backend (its default: one per physical core).
         load_seconds: the time that loading took.
+        kernels: what serves each node of edgekit's own ops; empty where the model has none.
+        kernels_note: why function bodies serve them although native kernels were wanted; empty otherwise.
     """
 
     backend: str
@@ -40,6 +43,8 @@ class Session(ABC):
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self.load_seconds = 0.0
+        self.kernels: tuple[NodeKernel, ...] = ()
+        self.kernels_note = ""
         self._specs = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -74,29 +79,73 @@ class Session(ABC):
         return random_inputs(self.inputs, self.bundle.manifest.dims, seed=seed, sizes=sizes)
 
 
-def load(bundle: str | os.PathLike[str] | Bundle, *, backend: str | None = None, threads: int | None = None) -> Session:
+def load(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
+) -> Session:
     """Load a bundle for running. Needs numpy and the backend alone, never torch.
 
     Args:
         bundle: a bundle's folder or packed file, or an opened `Bundle`.
-        backend: the name of a backend; None takes the first that fits the bundle's target.
+        backend: `onnxruntime` for onnx bundles, `tvm` for tvm bundles. None takes onnxruntime: a tvm bundle is native
+            code, which runs only where it is asked for by name.
         threads: threads for one run; None leaves it to the backend.
+        kernels: for models with ops of edgekit's own. `auto` uses the native kernels that `edgekit kernels build` made
+            where they fit this machine, else the function bodies in the model, and says why in `kernels_note`;
+            `portable` always uses the bodies; a path names the library to use, or its folder.
 
     Raises:
         BundleError: the bundle is damaged, unsafe or newer than this edgekit.
+        InputError: fewer than one thread, kernels at a path that do not fit, or a backend that cannot run the bundle.
         UnknownNameError: no such backend.
         MissingDependencyError: the backend's library is not installed.
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be at least 1, got {threads!r}")
     opened = Bundle.open(bundle)
-    if backend not in (None, "onnxruntime"):
-        raise UnknownNameError("backend", str(backend), ["onnxruntime"])
-    if opened.manifest.target not in ("onnx",):
-        raise UnknownNameError("target (of this bundle)", opened.manifest.target, ["onnx"])
+    _check_backend(opened, backend)
+    if backend == "tvm":
+        from edgekit.runtime.tvm_backend import TvmSession
+
+        return TvmSession(opened, threads=threads)
     from edgekit.runtime.onnxruntime_backend import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(opened, threads=threads)
+    return OnnxRuntimeSession(opened, threads=threads, kernels=kernels)
+
+
+# The backend of each target.
+_BACKENDS = {"onnx": "onnxruntime", "tvm": "tvm"}
+
+
+def backend_for(bundle: Bundle, backend: str | None) -> str | None:
+    """`backend` where it runs bundles of this target, else None: one that was asked for serves one side of a pair."""
+    _check_known(backend)
+    return backend if _BACKENDS.get(bundle.manifest.target) == backend else None
+
+
+def _check_known(backend: str | None) -> None:
+    if backend is not None and backend not in _BACKENDS.values():
+        raise UnknownNameError("backend", str(backend), _BACKENDS.values())
+
+
+def _check_backend(bundle: Bundle, backend: str | None) -> None:
+    """Raise unless `backend` (None: onnxruntime) runs bundles of this target."""
+    target = bundle.manifest.target
+    _check_known(backend)
+    if target not in _BACKENDS:
+        raise UnknownNameError("target (of this bundle)", target, _BACKENDS)
+    wanted = _BACKENDS[target]
+    if (backend or "onnxruntime") == wanted:
+        return
+    if backend is None:
+        raise InputError(
+            f"{bundle.name} holds native code, which runs only where it is asked for. If you trust where it came from: "
+            f"edgekit.load(bundle, backend={wanted!r}), on the command line --backend {wanted}"
+        )
+    raise InputError(f"the backend {backend} cannot run {bundle.name}, a bundle for {target}; it takes {wanted}")
 
 
 def check_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from edgekit.runtime.kernel_library import kernel_lines
 from edgekit.runtime.postprocess import Prediction
 from edgekit.runtime.report import table
 from edgekit.runtime.session import Array
@@ -34,6 +35,7 @@ def verification_lines(result: Verification) -> list[str]:
     if result.accuracy is not None:
         accuracy = result.accuracy
         lines.append(f"accuracy: {100 * accuracy.bundle:.2f} % of {accuracy.items} items of {accuracy.data}")
+    lines += kernel_lines(result.kernels)
     lines += [f"not checked: {note}" for note in result.not_checked]
     return [*lines, f"{'PASSED' if result else 'FAILED'}: {result.bundle} ({result.precision})"]
 

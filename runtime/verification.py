@@ -14,6 +14,7 @@ from edgekit.errors import InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.compare import OutputComparison, compare_outputs, failed_comparison
 from edgekit.runtime.datasets import Dataset
+from edgekit.runtime.kernel_library import KernelUse, kernel_uses
 from edgekit.runtime.manifest import Manifest
 from edgekit.runtime.session import Array, Session, load
 from edgekit.runtime.tolerances import output_tolerance
@@ -71,7 +72,7 @@ class LayerReport:
 class Verification:
     """What `verify` found. Truthy when every check passes; holds the figures either way.
 
-    `not_checked` says in words what was left out, and why.
+    `not_checked` says in words what was left out, and why; `kernels` what served edgekit's own ops in these checks.
     """
 
     bundle: str
@@ -80,6 +81,7 @@ class Verification:
     accuracy: Accuracy | None = None
     layers: LayerReport | None = None
     not_checked: tuple[str, ...] = ()
+    kernels: tuple[KernelUse, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.checks) and all(self.checks) and (self.layers is None or bool(self.layers))
@@ -197,10 +199,19 @@ def score_output(session: Session) -> str:
 
 
 def verify(
-    bundle: str | os.PathLike[str] | Bundle, *, data: Dataset | None = None, threads: int | None = None
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    data: Dataset | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
 ) -> Verification:
-    """Verify on a device without torch: the stored samples, and the accuracy where labelled data is given."""
-    session = load(bundle, threads=threads)
+    """Verify on a device without torch: the stored samples, and the accuracy where labelled data is given.
+
+    Args:
+        backend, threads, kernels: as for `edgekit.load`.
+    """
+    session = load(bundle, backend=backend, threads=threads, kernels=kernels)
     accuracy = measure_accuracy(session, data) if data is not None else None
     manifest = session.bundle.manifest
     return Verification(
@@ -209,6 +220,7 @@ def verify(
         (verify_samples(session),),
         accuracy=accuracy,
         not_checked=("live PyTorch: this is the torch-free runtime",),
+        kernels=kernel_uses(session.kernels),
     )
 
 

@@ -5,12 +5,25 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgekit.devices import diagnosis_lines, doctor
-from edgekit.devices.doctor import PARTS, Check, Diagnosis, Part, check_part, check_python, in_range, wanted_range
+from edgekit.devices.doctor import (
+    PARTS,
+    Check,
+    Diagnosis,
+    Part,
+    check_kernels,
+    check_part,
+    check_python,
+    in_range,
+    wanted_range,
+)
+from edgekit.runtime.kernel_library import find_libraries, this_host
 from edgekit.runtime.system import Machine
 
 TORCH = Part("torch", "torch", "export to onnx", "the models", "export")
@@ -54,6 +67,40 @@ def test_check_part(
     check = check_part(part, versions, importable=importable, wanted=wanted)
     assert (check.status, check.mend) == (status, mend)
     assert found in check.found
+
+
+@pytest.mark.parametrize("version", ["0.1.15", "0.1.15.post1"])
+@pytest.mark.parametrize(("wanted", "install"), [(">=0.1.14,<0.1.15", ">=0.1.14,<0.1.15"), ("", "!=0.1.15")])
+def test_a_version_known_to_crash_is_wrong_whatever_the_range(version: str, wanted: str, install: str) -> None:
+    part = Part("apache-tvm-ffi", "tvm_ffi", "kernels", "compiling kernels", "tvm")
+    bad = check_part(part, {"apache-tvm-ffi": version}, importable=True, wanted=wanted)
+    assert (bad.status, bad.mend) == ("wrong", f"pip install 'apache-tvm-ffi{install}'")
+    assert bad.found == f"{version}: it crashes in Schedule.tensorize and meta_schedule"
+    for good in ("0.1.14.post1", "0.1.150"):
+        assert check_part(part, {"apache-tvm-ffi": good}, importable=True, wanted="").status == "ok"
+
+
+def test_kernel_libraries(tmp_path: Path, describe_library: Callable[..., None]) -> None:
+    def found(root: Path) -> Check:
+        return check_kernels(root, find_libraries(root), this_host())
+
+    none = found(tmp_path)
+    assert (none.group, none.status, none.found) == ("kernels", "missing", f"none built in {tmp_path}")
+    assert none.mend == "edgekit kernels build"
+    describe_library(tmp_path / "old", edgekit="0.0.1")
+    old = found(tmp_path)
+    assert (old.status, old.mend) == ("missing", "edgekit kernels build")
+    assert old.found.startswith("old: built by edgekit 0.0.1, this is ")
+    describe_library(tmp_path / "new")
+    assert (found(tmp_path).status, found(tmp_path).mend) == ("ok", None)
+    assert found(tmp_path).found == f"new in {tmp_path} (1 more for others)"
+
+
+def test_further_checks_are_shown() -> None:
+    tool = Check("compiler", "kernels", "missing", "not found", "", "building", "apt-get install g++")
+    diagnosis = doctor.diagnose([tool])
+    assert tool in diagnosis.checks
+    assert "  apt-get install g++" in diagnosis_lines(diagnosis)
 
 
 def test_python_out_of_range() -> None:
@@ -131,7 +178,7 @@ def test_lines_list_each_command_once() -> None:
 
 def test_this_installation() -> None:
     diagnosis = doctor.diagnose()
-    assert [check.name for check in diagnosis.checks] == ["Python", *(part.name for part in PARTS)]
+    assert [check.name for check in diagnosis.checks] == ["Python", *(part.name for part in PARTS), "native kernels"]
     by_name = {check.name: check for check in diagnosis.checks}
     assert by_name["numpy"].status == by_name["onnxruntime"].status == "ok"
     data = diagnosis.to_json()

@@ -17,6 +17,7 @@ from edgekit.cli import render
 from edgekit.cli.console import Output
 from edgekit.errors import EdgekitError, InputError, UnknownNameError
 from edgekit.export import TARGETS
+from edgekit.runtime.kernel_library import KERNELS_HELP
 
 # typer brings its own copy of click in some versions and depends on it in others; this is its base error in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -35,6 +36,16 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A .edge folder or a packed .edge.zip file.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Threads for one run. Default: one per core.")]
+
+Kernels = Annotated[
+    str,
+    typer.Option("--kernels", metavar="auto|portable|PATH", help=f"{KERNELS_HELP[0].upper()}{KERNELS_HELP[1:]}."),
+]
+
+Backend = Annotated[
+    str | None,
+    typer.Option(help="onnxruntime, or tvm: run the native code of a tvm bundle. Default: onnxruntime."),
+]
 
 Tolerance = Annotated[
     float | None, typer.Option(help="The largest relative L2 error that passes. Default: by precision.")
@@ -70,7 +81,7 @@ def export(
             metavar="MODEL", help="A zoo name, package.module:factory, a .pt2 file, or a Hugging Face directory."
         ),
     ],
-    target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx.")],
+    target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx, tvm.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     shape: Annotated[
@@ -95,6 +106,14 @@ def export(
         bool, typer.Option("--check/--no-check", help="Refuse a bundle that differs from PyTorch.")
     ] = True,
     tolerance: Tolerance = None,
+    arch: Annotated[
+        str | None, typer.Option(help="For tvm: x86-64-v3, x86-64-v4 or aarch64. Default: this CPU's best.")
+    ] = None,
+    tune: Annotated[int, typer.Option(metavar="N", help="For tvm: measure N candidates in search of faster code.")] = 0,
+    kernels: Annotated[
+        str | None,
+        typer.Option(metavar="ARCHS", help="Put edgekit's kernels into the bundle as C objects: x86-64-v3,aarch64."),
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Also write the bundle as one zip file.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +123,8 @@ def export(
     for each in targets:  # all of them before the first export takes its time
         if each not in TARGETS:
             raise UnknownNameError("target", each, TARGETS)
+    if "tvm" not in targets and (arch is not None or tune):
+        raise InputError(f"--arch and --tune are for the target tvm; this export is to {target}")
     bundles = []
     for each in targets:
         with output.steps(f"export {model} to {each}") as step:
@@ -122,6 +143,9 @@ def export(
                 seed=seed,
                 check=check,
                 tolerance=tolerance,
+                arch=arch if each == "tvm" else None,
+                tune=tune if each == "tvm" else 0,
+                kernels=[part.strip() for part in kernels.split(",")] if kernels is not None else None,
                 progress=step,
                 overrides=_options(option),
             )
@@ -149,7 +173,9 @@ def verify(
     layers: Annotated[bool, typer.Option("--layers", help="Compare layer by layer; name the first bad one.")] = False,
     inputs: Annotated[int, typer.Option(help="How many fresh inputs for the live comparison.")] = 4,
     tolerance: Tolerance = None,
+    backend: Backend = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     as_json: Json = False,
 ) -> None:
     """Check that BUNDLE answers as PyTorch does, layer by layer too."""
@@ -164,7 +190,9 @@ def verify(
             layers=layers,
             inputs=inputs,
             tolerance=tolerance,
+            backend=backend,
             threads=threads,
+            kernels=kernels,
             progress=step,
         )
     render.verification(output, result)
@@ -177,7 +205,12 @@ def profile(
     bundle: BundlePath,
     vs: Annotated[Path | None, typer.Option("--vs", help="A second bundle: measure both in turns and compare.")] = None,
     on: Annotated[str, typer.Option(help="The device to measure on: local.")] = "local",
+    backend: Backend = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
+    vs_kernels: Annotated[
+        str | None, typer.Option(metavar="auto|portable|PATH", help="Kernels of that bundle, or of the same one again.")
+    ] = None,
     size: Annotated[list[str] | None, typer.Option(help="A dynamic dimension's size, such as N=4.")] = None,
     runs: Annotated[int | None, typer.Option(help="Timed runs. Default: until the median is precise.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Untimed runs first. Default: until the latency settles.")] = None,
@@ -187,13 +220,18 @@ def profile(
 ) -> None:
     """Measure BUNDLE: latency, memory, ops, and whether to trust it."""
     output = Output(as_json=as_json)
+    if vs is None and vs_kernels is not None:
+        vs = bundle
     with output.steps(f"profile {bundle.name}") as step:
         step("warm up and measure" if vs is None else "warm up and measure in turns")
         result = edgekit.profile(
             bundle,
             on=on,
             vs=vs,
+            backend=backend,
             threads=threads,
+            kernels=kernels,
+            vs_kernels=vs_kernels,
             sizes=_sizes(size),
             runs=runs,
             warmup=warmup,
@@ -209,30 +247,71 @@ def run(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, or .npy/.npz arrays.")],
     top: Annotated[int, typer.Option("--top", "-k", help="How many classes to show.")] = 5,
     save: Annotated[Path | None, typer.Option(help="Also write the raw outputs to this .npz.")] = None,
+    backend: Backend = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
     as_json: Json = False,
 ) -> None:
     """Run BUNDLE on images, as an app would, or on arrays."""
     output = Output(as_json=as_json)
-    session = edgekit.load(bundle, threads=threads)
+    session = edgekit.load(bundle, backend=backend, threads=threads, kernels=kernels)
     render.run(output, session, inputs, top=top, save=save)
 
 
 @app.command()
-def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+def inspect(bundle: BundlePath, kernels: Kernels = "auto", as_json: Json = False) -> None:
     """Show what is inside BUNDLE: tensors, ops, files, hashes."""
-    render.inspect(Output(as_json=as_json), edgekit.Bundle.open(bundle))
+    render.inspect(Output(as_json=as_json), edgekit.Bundle.open(bundle), kernels)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what is missing for which target, and the mend."""
+    from edgekit.cli.kernels import toolchain_checks
     from edgekit.devices import diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(toolchain_checks())
     render.diagnosis(Output(as_json=as_json), diagnosis)
     if any(check.status == "wrong" for check in diagnosis.checks):
         raise typer.Exit(1)
+
+
+kernels_app = typer.Typer(
+    help="Build and list the native kernels of edgekit's own ops.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(kernels_app, name="kernels")
+
+
+@kernels_app.command("build")
+def kernels_build(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="x86-64-v3, x86-64-v4 or aarch64; several times or with commas. Default: this CPU's."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to put them into. Default: where edgekit looks.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again where nothing has changed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile the kernels with TVM into a library for onnxruntime."""
+    from edgekit.cli.kernels import build
+
+    archs = [name.strip() for names in arch or () for name in names.split(",")]
+    build(Output(as_json=as_json), archs or None, out, force=force)
+
+
+@kernels_app.command("list")
+def kernels_list(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Where to look. Default: where edgekit looks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is built, and whether it fits this machine."""
+    from edgekit.cli.kernels import list_libraries
+
+    list_libraries(Output(as_json=as_json), folder)
 
 
 @app.command()

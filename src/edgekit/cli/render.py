@@ -15,6 +15,7 @@ from edgekit.errors import InputError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import load_dataset
 from edgekit.runtime.images import is_image
+from edgekit.runtime.kernel_library import bundle_kernels, kernel_lines
 from edgekit.runtime.profiler import Profile, ProfileComparison
 from edgekit.runtime.report import bytes_, comparison_lines, percent, profile_lines
 from edgekit.runtime.session import Session
@@ -128,6 +129,8 @@ def verification(output: Output, result: Verification) -> None:
         output.line(f"accuracy: {reference}bundle {percent2(accuracy.bundle)} on {accuracy.data}")
     if result.layers is not None:
         _layers(output, result.layers)
+    for line in kernel_lines(result.kernels):
+        output.line(line)
     for note in result.not_checked:
         output.line(f"not checked: {note}")
     output.line(
@@ -240,6 +243,8 @@ def run(output: Output, session: Session, paths: Sequence[Path], *, top: int, sa
             data.append({"input": str(path), "outputs": {name: array.tolist() for name, array in answers.items()}})
         prefix = f"{path.stem}/" if len(paths) > 1 else ""
         raw.update({f"{prefix}{name}": array for name, array in answers.items()})
+    if session.kernels_note:
+        output.line(f"note: {session.kernels_note}")
     weights = session.bundle.manifest.model.weights
     if weights.source == "random":
         output.line(f"note: this bundle has random weights (seed {weights.seed}); its classes mean nothing")
@@ -263,8 +268,9 @@ def _run_arrays(session: Session, path: Path) -> dict[str, np.ndarray[Any, Any]]
     return session.run(data.inputs)
 
 
-def inspect(output: Output, bundle: Bundle) -> None:
-    """`edgekit inspect`."""
+def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
+    """`edgekit inspect`; `kernels` as for `edgekit.load`."""
+    nodes = bundle_kernels(bundle, kernels)
     manifest = bundle.manifest
     model, weights = manifest.model, manifest.model.weights
     macs = f", {model.macs / 1e6:,.1f} M MACs" if model.macs else ""
@@ -294,9 +300,15 @@ def inspect(output: Output, bundle: Bundle) -> None:
     ops = sorted(manifest.ops.items(), key=lambda item: -item[1])
     output.table(("op", "nodes"), [(op, str(count)) for op, count in ops], right=("nodes",))
     output.line()
+    if nodes:
+        served = [(item.node, item.op, item.kernel) for item in nodes]
+        output.table(("node", "custom op", "kernel on this machine"), served)
+        for reason in dict.fromkeys(item.reason for item in nodes):
+            output.line(f"{'from ' if nodes[0].native else ''}{reason}")
+        output.line()
     files = [(name, entry.role, bytes_(entry.size), entry.sha256) for name, entry in manifest.files.items()]
     output.table(("file", "role", "size", "SHA-256 (checked)"), files, right=("size",))
-    output.json(_bundle_json(bundle))
+    output.json(_bundle_json(bundle) | {"kernels": [vars(item) for item in nodes]})
 
 
 def diagnosis(output: Output, result: Diagnosis) -> None:
