@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.bundle import Bundle
     from edgekit.runtime.preprocess import ImagePreprocessing
 
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "tvm")
 REQUIRED = ("torch", "onnx", "onnxscript", "onnxsim", "safetensors")
 
 __all__ = ["TARGETS", "export"]
@@ -44,6 +44,9 @@ def export(
     seed: int = 0,
     check: bool = True,
     tolerance: float | None = None,
+    arch: str | None = None,
+    tune: int = 0,
+    kernels: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Bundle:
@@ -52,7 +55,8 @@ def export(
     Args:
         model: a zoo name, an `nn.Module` (a copy is exported: yours stays as it is), `package.module:factory`, a path
             to a `.pt2` program, or a folder as Hugging Face's `save_pretrained` writes it (needs transformers).
-        target: `onnx`.
+        target: `onnx`, or `tvm`: one native library for one kind of processor, for builds ahead of time; slower than
+            onnx (the README has the ratios).
         out: the folder to put the bundle into. A bundle of the same name there is replaced, at once and whole.
         precision: `fp32`; `fp16` (weights and activations in half precision, but softmax, norms, means and sums in
             fp32); `int8` (static QDQ, needs `calibration`).
@@ -71,6 +75,11 @@ def export(
         check: compare the finished artifact with PyTorch and refuse to leave one that differs.
         tolerance: the largest relative L2 error of an output that passes the check, recorded in the bundle; None takes
             the table's for the precision.
+        arch: tvm only: the processor to compile for, `x86-64-v3`, `x86-64-v4` or `aarch64`; None takes this machine's
+            best. A bundle for another machine is not checked, and its manifest says so.
+        tune: tvm only: how many candidates to measure on this machine in search of faster code; 0 takes the likeliest.
+        kernels: names of archs (as for `arch`): put the kernels of edgekit's own ops that the model uses into the
+            bundle, as objects and C sources for programs without Python. None does so in a tvm bundle, for its arch.
         progress: called with the name of each step as it starts.
         overrides: keyword arguments for a zoo model's constructor, such as `{"num_classes": 10}`.
 
@@ -82,7 +91,7 @@ def export(
         ShapeError: a shape that does not parse or does not fit the model.
         WeightsError: weights that do not fit.
         ExportError: the model could not be converted, or the result differs from PyTorch. Nothing is left behind.
-        MissingDependencyError: the extra `export` is not installed.
+        MissingDependencyError: the extra `export` (or, for tvm and kernels, `tvm`) is not installed.
     """
     _require_extra()
     from edgekit.export.api import export_model
@@ -102,6 +111,9 @@ def export(
         seed=seed,
         check=check,
         tolerance=tolerance,
+        arch=arch,
+        tune=tune,
+        kernels=kernels,
         progress=progress,
         overrides=overrides,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -25,16 +25,20 @@ from edgekit.export import TARGETS
 from edgekit.export import onnx as onnx_target
 from edgekit.export.calling import output_names, tensor_leaves
 from edgekit.export.cost import measure_cost
+from edgekit.export.custom_ops import custom_ops
 from edgekit.export.data import digits, load_calibration
 from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
 from edgekit.export.source import LoadedModel, load_model
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
-from edgekit.runtime.manifest import Manifest, TensorSpec
+from edgekit.runtime.manifest import CustomOp, Manifest, TensorSpec
 from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import load
 from edgekit.runtime.tolerances import PRECISIONS
 from edgekit.runtime.verification import Check, finite, verify_samples
+
+if TYPE_CHECKING:
+    from edgekit.export.tvm import TvmExport
 
 SAMPLE_COUNT = 4
 
@@ -52,6 +56,7 @@ class _Plan:
     check: bool
     tolerance: float | None
     step: Callable[[str], None]
+    kernels: tuple[str, ...] | None = None
 
 
 def export_model(
@@ -70,6 +75,9 @@ def export_model(
     seed: int = 0,
     check: bool = True,
     tolerance: float | None = None,
+    arch: str | None = None,
+    tune: int = 0,
+    kernels: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Bundle:
@@ -84,6 +92,10 @@ def export_model(
         raise InputError(
             f"a bundle's name has letters, digits, '.', '_' and '-' and starts with one of the first two; got {name!r}"
         )
+    if target == "tvm":
+        _check_tvm_options(precision, opset, tune)
+    elif arch is not None or tune:
+        raise InputError(f"arch and tune are for the target tvm; this export is to {target}")
     opset = onnx_target.choose_opset(opset)
     step = progress or (lambda _: None)
     step("load the model")
@@ -91,6 +103,7 @@ def export_model(
     if name is not None:
         loaded = replace(loaded, name=name)
     plan = _plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
+    plan = replace(plan, kernels=tuple(kernels) if kernels is not None else None)
     data = None
     if precision == "int8":
         step("read calibration data")
@@ -98,6 +111,8 @@ def export_model(
         data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset, batch=_batch(plan))
     destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
     try:
+        if target == "tvm":
+            return _export_tvm(plan, destination, arch, tune)
         if precision == "fp32":
             return _export_fp32(plan, destination)
         return _export_reduced(plan, destination, precision, data)
@@ -176,6 +191,75 @@ def _export_fp32(plan: _Plan, destination: Path) -> Bundle:
         return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
 
 
+def _check_tvm_options(precision: str, opset: int | None, tune: int) -> None:
+    if precision != "fp32":
+        raise InputError(f"the target tvm computes in fp32; for {precision}, export to onnx")
+    if opset is not None:
+        raise InputError("a tvm bundle has no opset; leave it out")
+    if not isinstance(tune, int) or tune < 0:
+        raise InputError(f"tune is how many candidates to measure, at least 0; got {tune!r}")
+
+
+def _export_tvm(plan: _Plan, destination: Path, arch_name: str | None, tune: int) -> Bundle:
+    from edgekit.export import tvm as tvm_target
+
+    arch = tvm_target.choose_arch(arch_name)
+    runs_here = tvm_target.runs_on_this_machine(arch)
+    if tune and not runs_here:
+        raise InputError(f"tuning measures on this machine, which is no {arch.name}; leave tune out")
+    with BundleWriter(destination) as writer:
+        started = time.perf_counter()
+        program, shapes, names = _trace(plan)
+        plan.step("convert to TVM")
+        exported = tvm_target.convert(program, shapes, names=names, arch=arch, tune=tune, step=plan.step)
+        samples = _samples(plan, names)
+        tools = _tools() | tvm_target.tools()
+        manifest = replace(
+            _manifest(plan, exported, "fp32", None),
+            target="tvm",
+            ops=exported.ops,
+            custom_ops=exported.custom_ops,
+            tools=tools,
+        )
+        plan.step("link")
+        tvm_target.write_library(exported, writer.add(tvm_target.LIBRARY, "model"))
+        tvm_target.write_description(exported, writer.add(tvm_target.BUILD, "build"))
+        samples.save(writer.add(SAMPLES, "samples"))
+        _add_kernels(writer, plan, manifest.custom_ops, (arch.name,))
+        bundle, check = writer.preview(manifest), None
+        if plan.check and runs_here:
+            check = _compare(plan, bundle, "tvm")
+        manifest = _with_figures(bundle.manifest, check, plan.tolerance)
+        if plan.check and not runs_here:
+            reason = f"compiled for {arch.name}, which this machine is not; verify the bundle on its device"
+            plan.step(f"not checked: {reason}")
+            manifest = replace(manifest, verification={"checked": False, "reason": reason})
+        report: dict[str, Any] = {"export": {"seconds": round(time.perf_counter() - started, 3)}}
+        if exported.tuning is not None:
+            report["tuning"] = exported.tuning
+        return writer.finish(manifest, report)
+
+
+def _add_kernels(
+    writer: BundleWriter, plan: _Plan, ops: Sequence[CustomOp], default: Sequence[str] | None = None
+) -> None:
+    """Put the kernels of the model's own ops into the bundle as objects and C sources, a folder per arch."""
+    archs = plan.kernels if plan.kernels is not None else default if ops else None
+    if not archs:
+        return
+    if not ops:
+        raise InputError(
+            f"{plan.loaded.name} uses no ops of edgekit's own, so there are no kernels to put in; leave them out"
+        )
+    from edgekit.kernels.static import write_static
+
+    for arch in dict.fromkeys(archs):
+        plan.step(f"kernels for {arch}")
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
+            for path in write_static([op.name for op in ops], arch, Path(folder)):
+                writer.add(f"kernels/{arch}/{path.name}", "kernels").write_bytes(path.read_bytes())
+
+
 def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
     """fp16 and int8 start from a verified fp32 bundle, which is also the rival for accuracy and speed."""
     with BundleWriter(destination) as writer, tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
@@ -210,7 +294,8 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
         return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
 
 
-def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
+def _trace(plan: _Plan) -> tuple[torch.export.ExportedProgram, list[InputShape], list[str]]:
+    """The traced program, the shapes of its inputs in its order, and the names of its outputs."""
     tensors = onnx_target.example_inputs(plan.shapes, seed=plan.seed)
     names = _check_answers(plan.loaded, tensors)
     order = plan.loaded.bind(tensors)[2]
@@ -222,8 +307,13 @@ def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
     else:
         plan.step("fuse and trace")
         program = onnx_target.trace(models.fuse(plan.loaded.module), plan.shapes, seed=plan.seed)
+    return program, [by_name[key] for key in order], names
+
+
+def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
+    program, shapes, names = _trace(plan)
     plan.step("convert to ONNX")
-    return onnx_target.convert(program, [by_name[key] for key in order], names=names, opset=plan.opset), names
+    return onnx_target.convert(program, shapes, names=names, opset=plan.opset), names
 
 
 def _check_answers(loaded: LoadedModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -296,7 +386,9 @@ def _sample_inputs(plan: _Plan) -> list[dict[str, torch.Tensor]]:
     return [{name: torch.from_numpy(part.inputs[name])} for part in islice(data.batches(size), SAMPLE_COUNT)]
 
 
-def _manifest(plan: _Plan, exported: onnx_target.OnnxExport, precision: str, calibration: str | None) -> Manifest:
+def _manifest(
+    plan: _Plan, exported: onnx_target.OnnxExport | TvmExport, precision: str, calibration: str | None
+) -> Manifest:
     macs = None
     entry = plan.loaded.entry
     if entry is not None and not plan.loaded.options:
@@ -334,12 +426,24 @@ def _write(
     samples.save(writer.add(SAMPLES, "samples"))
     opsets = {item.domain or "ai.onnx": item.version for item in graph.opset_import}
     ops = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.graph.node)
-    manifest = replace(manifest, opsets=opsets, ir_version=graph.ir_version, ops=dict(sorted(ops.items())))
+    manifest = replace(
+        manifest,
+        opsets=opsets,
+        ir_version=graph.ir_version,
+        ops=dict(sorted(ops.items())),
+        custom_ops=custom_ops(graph),
+    )
+    _add_kernels(writer, plan, manifest.custom_ops)
     bundle = writer.preview(manifest)
-    if not plan.check:
-        return bundle, None
+    return bundle, _compare(plan, bundle, "onnxruntime") if plan.check else None
+
+
+def _compare(plan: _Plan, bundle: Bundle, backend: str) -> Check:
+    """Load the bundle through the runtime and compare with PyTorch. Raises `ExportError` where it differs."""
+    manifest = bundle.manifest
     plan.step(f"check {manifest.precision} against PyTorch")
-    check = verify_samples(load(bundle), tolerance=plan.tolerance)
+    # The bodies travel with the bundle; native kernels are one machine's, and `edgekit verify` checks them there.
+    check = verify_samples(load(bundle, backend=backend, kernels="portable"), tolerance=plan.tolerance)
     if not check:
         figures = "; ".join(
             output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.0e}"
@@ -351,7 +455,7 @@ def _write(
             "to keep such a bundle and find the layer with 'edgekit verify --layers', export with --no-check; for a "
             "model known to be this sensitive to rounding, with a larger --tolerance"
         )
-    return bundle, check
+    return check
 
 
 def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | None) -> Manifest:

@@ -62,7 +62,7 @@ def _accuracy(loaded: LoadedModel, reference: Bundle, reduced: Bundle) -> dict[s
         data = digits("test", spec.name, spec.preprocessing)
     except MissingDependencyError:  # scikit-learn is not installed: the report then tells agreement instead
         return None
-    session = load(reference)
+    session = load(reference, kernels="portable")
     predicted = classify(
         loaded.runner([spec.name for spec in reference.manifest.outputs]), data, output=score_output(session)
     )
@@ -70,13 +70,13 @@ def _accuracy(loaded: LoadedModel, reference: Bundle, reduced: Bundle) -> dict[s
         "data": data.source,
         "pytorch": float(np.mean(predicted == data.labels)),
         "fp32": measure_accuracy(session, data).bundle,
-        reduced.manifest.precision: measure_accuracy(load(reduced), data).bundle,
+        reduced.manifest.precision: measure_accuracy(load(reduced, kernels="portable"), data).bundle,
     }
 
 
 def _agreement(reference: Bundle, reduced: Bundle, data: Dataset) -> dict[str, Any] | None:
     """How often both bundles choose the same class on the calibration data, where they give class scores."""
-    full, small = load(reference), load(reduced)
+    full, small = load(reference, kernels="portable"), load(reduced, kernels="portable")
     try:
         output = score_output(full)
     except InputError:  # no output holds class scores

@@ -49,7 +49,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     Fp32 remain: `FP32_OPS`; products of two activations (attention scores, the states of linear attention), which sum
     over tokens; and sums and products of elements that only these read. Products with weights are fp16: runtimes
     accumulate those in fp32 (onnxruntime on x86 runs them in fp32 altogether; TensorRT and Core ML decide by their own
-    settings).
+    settings). edgekit's own ops take and give fp16 and compute in fp32 inside, in every form of theirs.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel

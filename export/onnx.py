@@ -18,6 +18,7 @@ import torch
 
 from edgekit.errors import ExportError, InputError, ShapeError
 from edgekit.export.calling import bind_inputs, first_line
+from edgekit.export.custom_ops import add_functions, translations
 from edgekit.export.shapes import InputShape
 from edgekit.runtime.manifest import Dim, DimRange, TensorSpec
 
@@ -147,6 +148,7 @@ def convert(
                 output_names=outputs,
                 opset_version=opset,
                 dynamo=True,
+                custom_translation_table=translations(program),
                 verbose=False,
             )
     except Exception as error:  # the exporter raises one class per stage
@@ -162,6 +164,7 @@ def convert(
     outer = [shape.name for shape in shapes] + list(names)
     _rename(model.graph, {name: inner_name(name) for name in outer} | dict(zip(inputs + outputs, outer, strict=True)))
     _name_dims(model, shapes)
+    add_functions(model)
     model = simplify(model)
     return OnnxExport(model, exported.exported_program, tuple(_specs(model, shapes)), tuple(_outputs(model)))
 

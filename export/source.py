@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree
 
-from edgekit import models
+from edgekit import custom_ops, models
 from edgekit.errors import ExportError, InputError, ShapeError, UnknownNameError, WeightsError
 from edgekit.export.calling import bind_inputs, first_line, tensor_leaves
 from edgekit.export.data import image_preprocessing
@@ -114,6 +114,7 @@ def load_model(
         WeightsError: weights that do not fit, or weights given for a model that brings its own.
         InputError: the factory or the program could not be loaded.
     """
+    custom_ops.register()  # modules and programs may call torch.ops.edgekit without an import of their own
     options = dict(overrides or {})
     if isinstance(model, torch.nn.Module):
         _own_weights_only(type(model).__name__, weights, options)

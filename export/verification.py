@@ -13,6 +13,7 @@ import numpy as np
 
 from edgekit.errors import EdgekitError, InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.kernel_library import kernel_uses
 from edgekit.runtime.session import Array, Session, load, random_inputs
 from edgekit.runtime.verification import (
     Accuracy,
@@ -48,7 +49,9 @@ def verify(
     layers: bool = False,
     inputs: int = FRESH_INPUTS,
     tolerance: float | None = None,
+    backend: str | None = None,
     threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Does the bundle answer as PyTorch does? The result is truthy when it does, and holds the figures.
@@ -64,7 +67,9 @@ def verify(
         inputs: how many fresh inputs.
         tolerance: the largest relative L2 error of an output that passes; None takes the one that the bundle was
             exported with, or the table's for its precision.
+        backend: as for `edgekit.load`: a tvm bundle needs `tvm`.
         threads: threads for the bundle's session.
+        kernels: as for `edgekit.load`; the layers are always compared with function bodies.
         progress: called with the name of each step as it starts.
 
     Raises:
@@ -76,7 +81,10 @@ def verify(
     if inputs < 1:
         raise InputError(f"inputs must be at least 1, got {inputs}")
     step("open the bundle")
-    session = load(bundle if isinstance(bundle, Bundle) else Path(bundle), threads=threads)
+    opened = bundle if isinstance(bundle, Bundle) else Path(bundle)
+    session = load(opened, backend=backend, threads=threads, kernels=kernels)
+    if layers and session.bundle.manifest.target != "onnx":
+        raise InputError(f"layers are compared in onnx bundles; {session.bundle.name} is one whole library")
     required = live is True or layers or model is not None
     loaded, reason = (
         (None, "not asked for")
@@ -109,7 +117,8 @@ def verify(
         step("compare layer by layer")
         report = compare_layers(session.bundle, loaded)
     manifest = session.bundle.manifest
-    return Verification(session.bundle.name, manifest.precision, tuple(checks), accuracy, report, tuple(notes))
+    uses = kernel_uses(session.kernels)
+    return Verification(session.bundle.name, manifest.precision, tuple(checks), accuracy, report, tuple(notes), uses)
 
 
 def _find_model(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from edgekit.custom_ops.kernel_linear_attention import kernel_linear_attention
+from edgekit.custom_ops.kernel_linear_attention.torch_op import kernel_linear_attention
 from edgekit.models.digits import DIGITS_INPUT, DIGITS_LABELS
 from edgekit.models.fusion import Fusable, fold_affine_before, fold_norm_before, mean_layer, scale_outputs
 from edgekit.models.layers import check_images, check_sizes

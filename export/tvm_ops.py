@@ -1,0 +1,211 @@
+"""edgekit's own ops in a TVM model: calls of our scheduled kernels, which are compiled into the same library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tvm import IRModule, relax, tirx
+
+from edgekit.custom_ops.registry import DOMAIN, OPS
+from edgekit.errors import ExportError
+from edgekit.export.tvm_schedule import SCHEDULED
+from edgekit.kernels.tvm import catalog
+from edgekit.kernels.tvm.catalog import Kernel
+from edgekit.kernels.tvm.compat import T
+from edgekit.kernels.tvm.targets import Arch
+
+# The order in which the kernels number the feature maps of KernelLinearAttention.
+_FEATURE_MAPS = {"relu": 0, "elu1": 1, "identity": 2}
+# relax fuses elementwise work into functions; this number says that a function must stay as it is.
+_OPAQUE = 8
+
+
+@dataclass(frozen=True)
+class ServedNode:
+    """One node of a custom op and the kernel that serves it: `symbol`, specialised to `parameters`."""
+
+    node: str
+    op: str
+    symbol: str
+    parameters: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a node asks of a kernel, in the kernel's order: tensors, the output's likeness, scalars; and its sizes."""
+
+    tensors: tuple[Any, ...]
+    like: Any
+    scalars: tuple[float | int, ...]
+    sizes: Mapping[str, int | None]
+
+
+@dataclass
+class KernelCalls:
+    """Converters for TVM's importer, and the record of what they emitted."""
+
+    arch: Arch
+    uses: list[ServedNode] = field(default_factory=list)
+    _kernels: tuple[Kernel, ...] = ()
+    _functions: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def converters(self) -> dict[str, Callable[[torch.fx.Node, Any], Any]]:
+        """The `custom_convert_map` of `from_exported_program`: torch's name of each op -> its converter."""
+        return {f"{op.folder}.default": self._converter(op.name, _CALLS[op.folder]) for op in OPS}
+
+    def _converter(self, op: str, describe: Callable[..., _Call]) -> Callable[[torch.fx.Node, Any], Any]:
+        def convert(node: torch.fx.Node, importer: Any) -> Any:
+            arguments = {
+                name: importer.env[value] if isinstance(value, torch.fx.Node) else value
+                for name, value in _arguments(node).items()
+            }
+            return self._emit(node.name, op, describe(**arguments), importer)
+
+        return convert
+
+    def _emit(self, node: str, op: str, call: _Call, importer: Any) -> Any:
+        kernel = self._choose(node, op, call)
+        self.uses.append(ServedNode(node, op, kernel.symbol, dict(kernel.parameters)))
+        builder, tensors = importer.block_builder, call.tensors
+        if op == "BlockSparseAttention":
+            # Whoever calls a kernel vouches for its indices.
+            q, k, v, index = tensors
+            block_k = call.scalars[-1]
+            check = self._function(builder, ("edgekit_bsa_index", block_k), lambda: _index_check(int(block_k)))
+            tensors = (q, k, v, builder.emit(relax.call_tir(check, [index, k], _type_like(index))))
+        function = self._function(
+            builder,
+            (kernel.symbol,),
+            lambda: _outputs_last(_only_function(kernel.module(self.arch)), len(tensors)),
+        )
+        scalars = [tirx.const(value, "float32" if isinstance(value, float) else "int64") for value in call.scalars]
+        return builder.emit(relax.call_tir(function, [*tensors, *scalars], _type_like(call.like)))
+
+    def _choose(self, node: str, op: str, call: _Call) -> Kernel:
+        self._kernels = self._kernels or catalog.kernels(self.arch)
+        dtype = str(call.like.ty.dtype)
+        for kernel in self._kernels:
+            fits = all(call.sizes.get(name) == value for name, value in kernel.parameters)
+            if (kernel.op, kernel.dtype) == (op, dtype) and fits:
+                return kernel
+        raise ExportError(f"there is no TVM kernel of {DOMAIN}::{op} in {dtype} for {self.arch.name} (node {node})")
+
+    def _function(self, builder: Any, key: tuple[Any, ...], make: Callable[[], tirx.PrimFunc]) -> Any:
+        if key not in self._functions:
+            function = make().without_attr("global_symbol").with_attr({SCHEDULED: True, "op_pattern": _OPAQUE})
+            self._functions[key] = builder.add_func(function, key[0])
+        return self._functions[key]
+
+
+def _arguments(node: torch.fx.Node) -> dict[str, Any]:
+    """The node's arguments by name, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+    given |= node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in node.target._schema.arguments}
+
+
+def _block_sparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    block_index: Any,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float | None,
+    softcap: float,
+    window: int,
+) -> _Call:
+    head_dim = _size(q, 3)
+    if scale is None:
+        if head_dim is None:
+            raise ExportError("block_sparse_attention with a dynamic head_dim needs a scale; pass one")
+        scale = head_dim**-0.5
+    scalars = (float(scale), float(softcap), int(causal), int(window), int(block_q), int(block_k))
+    sizes = {"head_dim": head_dim, "block_q": int(block_q), "block_k": int(block_k)}
+    return _Call((q, k, v, block_index), q, scalars, sizes)
+
+
+def _kernel_linear_attention(q: Any, k: Any, v: Any, feature_map: str, eps: float) -> _Call:
+    sizes = {"head_dim": _size(q, 3), "value_dim": _size(v, 3)}
+    return _Call((q, k, v), v, (float(eps), _FEATURE_MAPS[feature_map]), sizes)
+
+
+def _selective_scan(
+    u: Any,
+    delta: Any,
+    A: Any,  # noqa: N803 - the names of the torch op's arguments
+    B: Any,  # noqa: N803
+    C: Any,  # noqa: N803
+    D: Any,  # noqa: N803
+    z: Any | None,
+    delta_softplus: bool,
+) -> _Call:
+    tensors = (u, delta, A, B, C, D, u if z is None else z)
+    return _Call(tensors, u, (int(delta_softplus), int(z is not None)), {"state": _size(A, 1), "channels": _size(A, 0)})
+
+
+_CALLS: dict[str, Callable[..., _Call]] = {
+    "block_sparse_attention": _block_sparse_attention,
+    "kernel_linear_attention": _kernel_linear_attention,
+    "selective_scan": _selective_scan,
+}
+
+
+def _outputs_last(function: tirx.PrimFunc, tensors: int) -> tirx.PrimFunc:
+    """The kernel with its scalars before its output, where relax wants it.
+
+    Fixing the scalars to the node's values instead would fold constants: a division by `softcap` that only runs where
+    it is not 0 then fails at compile time.
+    """
+    inputs, output, scalars = function.params[:tensors], function.params[tensors], function.params[tensors + 1 :]
+    return tirx.PrimFunc([*inputs, *scalars, output], function.body, function.ret_type, function.attrs)
+
+
+def _only_function(module: IRModule) -> tirx.PrimFunc:
+    (function,) = (each for _, each in module.functions_items())
+    return function
+
+
+def _index_check(block_k: int) -> tirx.PrimFunc:
+    """A function that copies block indices and fails at one that names no key block."""
+
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    def check(index_handle: T.handle, key_handle: T.handle, out_handle: T.handle):  # type: ignore[no-untyped-def]
+        batch, index_heads, query_blocks, listed = T.int64(), T.int64(), T.int64(), T.int64()
+        kv_heads, keys, dim = T.int64(), T.int64(), T.int64()
+        index = T.match_buffer(index_handle, (batch, index_heads, query_blocks, listed), "int32", align=4)
+        key = T.match_buffer(key_handle, (batch, kv_heads, keys, dim), "float32", align=4)  # noqa: F841 - its length
+        out = T.match_buffer(out_handle, (batch, index_heads, query_blocks, listed), "int32", align=4)
+        for b, h, i, j in T.grid(batch, index_heads, query_blocks, listed):
+            with T.sblock("check"):
+                vb, vh, vi, vj = T.axis.remap("SSSS", [b, h, i, j])
+                assert T.And(
+                    index[vb, vh, vi, vj] >= -1,
+                    T.Cast("int64", index[vb, vh, vi, vj]) * T.int64(block_k) < keys,
+                ), (
+                    "edgekit::BlockSparseAttention: a block index is out of range; -1 stands for no block, the others "
+                    "count the key blocks from 0"
+                )
+                out[vb, vh, vi, vj] = index[vb, vh, vi, vj]
+
+    return check
+
+
+def _size(tensor: Any, axis: int) -> int | None:
+    size = list(tensor.ty.shape)[axis]
+    return int(size) if isinstance(size, tirx.IntImm) else None
+
+
+def _type_like(tensor: Any) -> relax.TensorType:
+    return relax.TensorType(tensor.ty.shape, tensor.ty.dtype)
+
+
+def used_ops(uses: Sequence[ServedNode]) -> dict[str, int]:
+    """How many nodes of each op, in the registry's order."""
+    counts = {op.name: sum(use.op == op.name for use in uses) for op in OPS}
+    return {name: count for name, count in counts.items() if count}
