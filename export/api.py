@@ -8,9 +8,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,16 @@ import torch
 
 import edgekit
 from edgekit import models
-from edgekit.errors import ExportError, InputError, MissingDependencyError, ShapeError, UnknownNameError
+from edgekit.errors import ExportError, InputError, UnknownNameError
 from edgekit.export import TARGETS
 from edgekit.export import onnx as onnx_target
 from edgekit.export.calling import output_names, tensor_leaves
 from edgekit.export.cost import measure_cost
 from edgekit.export.custom_ops import custom_ops
-from edgekit.export.data import digits, load_calibration
-from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
+from edgekit.export.data import load_calibration
+from edgekit.export.plan import Plan, make_plan
+from edgekit.export.samples import batch_size, first_items, record_answers, samples_of
+from edgekit.export.shapes import InputShape
 from edgekit.export.source import LoadedModel, load_model
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
@@ -39,24 +40,6 @@ from edgekit.runtime.verification import Check, finite, verify_samples
 
 if TYPE_CHECKING:
     from edgekit.export.tvm import TvmExport
-
-SAMPLE_COUNT = 4
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What every step needs to know; made once from the arguments."""
-
-    loaded: LoadedModel
-    shapes: tuple[InputShape, ...]
-    preprocessing: ImagePreprocessing | None
-    labels: tuple[str, ...] | None
-    opset: int
-    seed: int
-    check: bool
-    tolerance: float | None
-    step: Callable[[str], None]
-    kernels: tuple[str, ...] | None = None
 
 
 def export_model(
@@ -102,13 +85,13 @@ def export_model(
     loaded = load_model(model, weights=weights, seed=seed, overrides=overrides)
     if name is not None:
         loaded = replace(loaded, name=name)
-    plan = _plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
+    plan = make_plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
     plan = replace(plan, kernels=tuple(kernels) if kernels is not None else None)
     data = None
     if precision == "int8":
         step("read calibration data")
         dataset = loaded.entry.dataset if loaded.entry else None
-        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset, batch=_batch(plan))
+        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset, batch=batch_size(plan))
     destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
     try:
         if target == "tvm":
@@ -120,70 +103,11 @@ def export_model(
         raise ExportError(f"writing {destination} failed: {error.strerror or error}; nothing was left there") from error
 
 
-def _plan(
-    loaded: LoadedModel,
-    shapes: str | Sequence[str] | None,
-    labels: Sequence[str] | None,
-    preprocessing: Mapping[str, Any] | ImagePreprocessing | None,
-    opset: int,
-    seed: int,
-    check: bool,
-    tolerance: float | None,
-    step: Callable[[str], None],
-) -> _Plan:
-    defaults = loaded.defaults
-    if loaded.program is not None:
-        if shapes is not None:
-            raise ShapeError(f"{loaded.source} fixed its shapes when it was exported; leave --shape out")
-        parsed = program_shapes(loaded.program)
-    elif shapes is not None:
-        parsed = parse_shapes(shapes)
-    else:
-        parsed = (defaults.shape,) if defaults.shape is not None else ()
-    if not parsed:
-        raise ShapeError(
-            f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"
-        )
-    recipe: ImagePreprocessing | None
-    if preprocessing is None:
-        recipe = defaults.preprocessing and _at_size(defaults.preprocessing, parsed[0])
-    else:
-        if isinstance(preprocessing, Mapping):
-            preprocessing = ImagePreprocessing.from_json(preprocessing)
-        _check_recipe(preprocessing, parsed[0])
-        recipe = preprocessing
-    if isinstance(labels, str):
-        raise InputError(f"labels must be a list of names, got the text {labels!r}")
-    names = tuple(labels) if labels is not None else defaults.labels
-    return _Plan(loaded, parsed, recipe, names or None, opset, seed, check, tolerance, step)
-
-
-def _at_size(recipe: ImagePreprocessing, shape: InputShape) -> ImagePreprocessing | None:
-    """The model's own recipe at the size asked for; None where the input is no image of fixed size any more."""
-    if len(shape.dims) != 4 or shape.dims[1] != recipe.channels:
-        return None
-    height, width = shape.dims[2:]
-    if not isinstance(height, int) or not isinstance(width, int):
-        return None
-    return replace(recipe, size=(height, width))
-
-
-def _check_recipe(recipe: ImagePreprocessing, shape: InputShape) -> None:
-    made = recipe.output_shape
-    fits = len(shape.dims) == 4 and all(
-        isinstance(dim, str) or dim == size for dim, size in zip(shape.dims[1:], made[1:], strict=True)
-    )
-    if not fits:
-        raise InputError(
-            f"the preprocessing makes {list(made)}, the model's first input is {shape}; change one of them"
-        )
-
-
-def _export_fp32(plan: _Plan, destination: Path) -> Bundle:
+def _export_fp32(plan: Plan, destination: Path) -> Bundle:
     with BundleWriter(destination) as writer:
         started = time.perf_counter()
         exported, names = _convert(plan)
-        samples = _samples(plan, names)
+        samples = samples_of(plan, names)
         manifest = _manifest(plan, exported, "fp32", None)
         graph = onnx_target.finalize(exported.model, metadata=_metadata(plan, "fp32"))
         bundle, check = _write(writer, plan, manifest, graph, samples)
@@ -200,7 +124,7 @@ def _check_tvm_options(precision: str, opset: int | None, tune: int) -> None:
         raise InputError(f"tune is how many candidates to measure, at least 0; got {tune!r}")
 
 
-def _export_tvm(plan: _Plan, destination: Path, arch_name: str | None, tune: int) -> Bundle:
+def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int) -> Bundle:
     from edgekit.export import tvm as tvm_target
 
     arch = tvm_target.choose_arch(arch_name)
@@ -212,7 +136,7 @@ def _export_tvm(plan: _Plan, destination: Path, arch_name: str | None, tune: int
         program, shapes, names = _trace(plan)
         plan.step("convert to TVM")
         exported = tvm_target.convert(program, shapes, names=names, arch=arch, tune=tune, step=plan.step)
-        samples = _samples(plan, names)
+        samples = samples_of(plan, names)
         tools = _tools() | tvm_target.tools()
         manifest = replace(
             _manifest(plan, exported, "fp32", None),
@@ -241,7 +165,7 @@ def _export_tvm(plan: _Plan, destination: Path, arch_name: str | None, tune: int
 
 
 def _add_kernels(
-    writer: BundleWriter, plan: _Plan, ops: Sequence[CustomOp], default: Sequence[str] | None = None
+    writer: BundleWriter, plan: Plan, ops: Sequence[CustomOp], default: Sequence[str] | None = None
 ) -> None:
     """Put the kernels of the model's own ops into the bundle as objects and C sources, a folder per arch."""
     archs = plan.kernels if plan.kernels is not None else default if ops else None
@@ -260,7 +184,7 @@ def _add_kernels(
                 writer.add(f"kernels/{arch}/{path.name}", "kernels").write_bytes(path.read_bytes())
 
 
-def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
+def _export_reduced(plan: Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
     """fp16 and int8 start from a verified fp32 bundle, which is also the rival for accuracy and speed."""
     with BundleWriter(destination) as writer, tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         started = time.perf_counter()
@@ -275,14 +199,14 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
             from edgekit.export.int8 import to_int8
 
             assert data is not None  # export_model reads it for int8
-            graph = to_int8(graph, data, batch=_batch(plan))
+            graph = to_int8(graph, data, batch=batch_size(plan))
         graph = onnx_target.finalize(graph, metadata=_metadata(plan, precision))
         calibration = data.source if data is not None else None
         manifest = replace(reference.manifest, precision=precision, calibration=calibration, files={}, verification={})
         samples = (
             reference.samples()
             if data is None
-            else _answers(plan, [spec.name for spec in reference.manifest.outputs], _first_items(plan, data))
+            else record_answers(plan, [spec.name for spec in reference.manifest.outputs], first_items(plan, data))
         )
         bundle, check = _write(writer, plan, manifest, graph, samples)
         plan.step(f"compare {precision} with fp32")
@@ -294,7 +218,7 @@ def _export_reduced(plan: _Plan, destination: Path, precision: str, data: Datase
         return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
 
 
-def _trace(plan: _Plan) -> tuple[torch.export.ExportedProgram, list[InputShape], list[str]]:
+def _trace(plan: Plan) -> tuple[torch.export.ExportedProgram, list[InputShape], list[str]]:
     """The traced program, the shapes of its inputs in its order, and the names of its outputs."""
     tensors = onnx_target.example_inputs(plan.shapes, seed=plan.seed)
     names = _check_answers(plan.loaded, tensors)
@@ -310,7 +234,7 @@ def _trace(plan: _Plan) -> tuple[torch.export.ExportedProgram, list[InputShape],
     return program, [by_name[key] for key in order], names
 
 
-def _convert(plan: _Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
+def _convert(plan: Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
     program, shapes, names = _trace(plan)
     plan.step("convert to ONNX")
     return onnx_target.convert(program, shapes, names=names, opset=plan.opset), names
@@ -342,52 +266,8 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return np.array_equal(a.cpu().numpy(), b.cpu().numpy(), equal_nan=a.is_floating_point())
 
 
-def _samples(plan: _Plan, names: list[str]) -> Samples:
-    """A few inputs (real ones where the model has a data set) and what the original, unfused model answers."""
-    plan.step("store samples")
-    return _answers(plan, names, _sample_inputs(plan))
-
-
-def _answers(plan: _Plan, names: Sequence[str], items: Sequence[Mapping[str, torch.Tensor]]) -> Samples:
-    inputs: dict[str, list[np.ndarray[Any, Any]]] = {}
-    outputs: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for tensors in items:
-        leaves = tensor_leaves(plan.loaded.call(tensors))
-        for key, tensor in tensors.items():
-            inputs.setdefault(key, []).append(tensor.numpy())
-        for key, leaf in zip(names, leaves, strict=True):
-            outputs.setdefault(key, []).append(leaf.numpy())
-    return Samples({k: np.stack(v) for k, v in inputs.items()}, {k: np.stack(v) for k, v in outputs.items()})
-
-
-def _first_items(plan: _Plan, data: Dataset) -> list[dict[str, torch.Tensor]]:
-    """The first items of the calibration data as samples: int8 answers only inputs like these."""
-    parts = islice(data.batches(_batch(plan)), SAMPLE_COUNT)
-    return [{name: torch.from_numpy(array) for name, array in part.inputs.items()} for part in parts]
-
-
-def _batch(plan: _Plan) -> int:
-    """How many items of a data set one run takes: the first axis, at its smallest size."""
-    shape = plan.shapes[0]
-    first = shape.dims[0] if shape.dims else 1
-    return first if isinstance(first, int) else shape.ranges[first].min
-
-
-def _sample_inputs(plan: _Plan) -> list[dict[str, torch.Tensor]]:
-    drawn = [onnx_target.example_inputs(plan.shapes, seed=plan.seed + index) for index in range(SAMPLE_COUNT)]
-    entry = plan.loaded.entry
-    if entry is None or entry.dataset != "digits" or plan.preprocessing is None:
-        return drawn
-    try:
-        data = digits("test", plan.shapes[0].name, plan.preprocessing)
-    except MissingDependencyError:  # scikit-learn is not installed: samples are then random, as for any other model
-        return drawn
-    name, size = plan.shapes[0].name, drawn[0][plan.shapes[0].name].shape[0]
-    return [{name: torch.from_numpy(part.inputs[name])} for part in islice(data.batches(size), SAMPLE_COUNT)]
-
-
 def _manifest(
-    plan: _Plan, exported: onnx_target.OnnxExport | TvmExport, precision: str, calibration: str | None
+    plan: Plan, exported: onnx_target.OnnxExport | TvmExport, precision: str, calibration: str | None
 ) -> Manifest:
     macs = None
     entry = plan.loaded.entry
@@ -419,7 +299,7 @@ def _check_labels(labels: Sequence[str] | None, outputs: Sequence[TensorSpec]) -
 
 
 def _write(
-    writer: BundleWriter, plan: _Plan, manifest: Manifest, graph: onnx.ModelProto, samples: Samples
+    writer: BundleWriter, plan: Plan, manifest: Manifest, graph: onnx.ModelProto, samples: Samples
 ) -> tuple[Bundle, Check | None]:
     """Write the model and its samples, load them back through the runtime, and compare with PyTorch."""
     writer.add("model.onnx", "model").write_bytes(graph.SerializeToString(deterministic=True))
@@ -438,7 +318,7 @@ def _write(
     return bundle, _compare(plan, bundle, "onnxruntime") if plan.check else None
 
 
-def _compare(plan: _Plan, bundle: Bundle, backend: str) -> Check:
+def _compare(plan: Plan, bundle: Bundle, backend: str) -> Check:
     """Load the bundle through the runtime and compare with PyTorch. Raises `ExportError` where it differs."""
     manifest = bundle.manifest
     plan.step(f"check {manifest.precision} against PyTorch")
@@ -472,7 +352,7 @@ def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | No
     return replace(manifest, verification=finite(figures))
 
 
-def _metadata(plan: _Plan, precision: str) -> dict[str, str]:
+def _metadata(plan: Plan, precision: str) -> dict[str, str]:
     return {
         "edgekit": edgekit.__version__,
         "model": plan.loaded.source,

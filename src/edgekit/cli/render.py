@@ -278,9 +278,10 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
         weights.source, weights.source
     )
     opsets = ", ".join(f"{domain} {version}" for domain, version in manifest.opsets.items())
+    versions = f", opset {opsets}, IR {manifest.ir_version}" if opsets else ""
     output.line(f"{bundle.name}: {model.source}, {model.parameters:,} parameters{macs}", "bold")
     output.line(f"weights    {origin} (SHA-256 {weights.sha256[:16]}..)")
-    output.line(f"target     {manifest.target}, {manifest.precision}, opset {opsets}, IR {manifest.ir_version}")
+    output.line(f"target     {manifest.target}, {manifest.precision}{versions}")
     if manifest.calibration:
         output.line(f"calibrated on {manifest.calibration}")
     for spec in manifest.inputs:

@@ -1,0 +1,87 @@
+"""What to export and how: decided once from the caller's arguments, and checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgekit.errors import InputError, ShapeError
+from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
+from edgekit.export.source import LoadedModel
+from edgekit.runtime.preprocess import ImagePreprocessing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every step needs to know; made once from the arguments."""
+
+    loaded: LoadedModel
+    shapes: tuple[InputShape, ...]
+    preprocessing: ImagePreprocessing | None
+    labels: tuple[str, ...] | None
+    opset: int
+    seed: int
+    check: bool
+    tolerance: float | None
+    step: Callable[[str], None]
+    kernels: tuple[str, ...] | None = None
+
+
+def make_plan(
+    loaded: LoadedModel,
+    shapes: str | Sequence[str] | None,
+    labels: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | ImagePreprocessing | None,
+    opset: int,
+    seed: int,
+    check: bool,
+    tolerance: float | None,
+    step: Callable[[str], None],
+) -> Plan:
+    defaults = loaded.defaults
+    if loaded.program is not None:
+        if shapes is not None:
+            raise ShapeError(f"{loaded.source} fixed its shapes when it was exported; leave --shape out")
+        parsed = program_shapes(loaded.program)
+    elif shapes is not None:
+        parsed = parse_shapes(shapes)
+    else:
+        parsed = (defaults.shape,) if defaults.shape is not None else ()
+    if not parsed:
+        raise ShapeError(
+            f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"
+        )
+    recipe: ImagePreprocessing | None
+    if preprocessing is None:
+        recipe = defaults.preprocessing and _at_size(defaults.preprocessing, parsed[0])
+    else:
+        if isinstance(preprocessing, Mapping):
+            preprocessing = ImagePreprocessing.from_json(preprocessing)
+        _check_recipe(preprocessing, parsed[0])
+        recipe = preprocessing
+    if isinstance(labels, str):
+        raise InputError(f"labels must be a list of names, got the text {labels!r}")
+    names = tuple(labels) if labels is not None else defaults.labels
+    return Plan(loaded, parsed, recipe, names or None, opset, seed, check, tolerance, step)
+
+
+def _at_size(recipe: ImagePreprocessing, shape: InputShape) -> ImagePreprocessing | None:
+    """The model's own recipe at the size asked for; None where the input is no image of fixed size any more."""
+    if len(shape.dims) != 4 or shape.dims[1] != recipe.channels:
+        return None
+    height, width = shape.dims[2:]
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return replace(recipe, size=(height, width))
+
+
+def _check_recipe(recipe: ImagePreprocessing, shape: InputShape) -> None:
+    made = recipe.output_shape
+    fits = len(shape.dims) == 4 and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(shape.dims[1:], made[1:], strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"the preprocessing makes {list(made)}, the model's first input is {shape}; change one of them"
+        )
