@@ -3,7 +3,8 @@
 One task is one batch and one tile of channels, as many as a vector has lanes. It walks over the sequence in chunks of
 `_TIMES` steps. In a chunk the `[channels, times]` rows of u and delta are transposed in registers, so that one step
 reads one vector of each; B and C are copied beside each other and broadcast. The states of a group stay in registers
-over the whole chunk, and y is a sum of vectors: nothing is ever reduced across lanes.
+over the whole chunk, and y is a sum of vectors: nothing is ever reduced across lanes. A chunk whose exponents are all
+of moderate size, as they are but for odd data, takes a shorter exponential.
 
     h[s] = exp2(delta * A2[s]) * h[s] + (delta * u) * B[s];  y += C[s] * h[s]        A2 = A * log2(e)
 
@@ -20,6 +21,17 @@ from typing import Any
 from edgekit.kernels.tvm.compat import IRModule, T
 from edgekit.kernels.tvm.exp2 import LOG2_E
 from edgekit.kernels.tvm.kernel import Kernel
+from edgekit.kernels.tvm.scan_math import (
+    all_easy,
+    easy_step,
+    exact_step,
+    flush,
+    larger,
+    nan_or_zero,
+    silu,
+    softplus,
+)
+from edgekit.kernels.tvm.scan_tiles import column_loading, row_loading, transposing
 from edgekit.kernels.tvm.targets import Arch
 
 __all__ = ["variants"]
@@ -30,162 +42,68 @@ _TIMES = 128
 _LINE = 16
 """Elements between two prefetches: a cache line of float32."""
 
-# (2**f - 1) / f on [-0.5, 0.5], minimax (3e-7), highest power first. With the constant 1 fixed, the error of a slow
-# decay (f near 0) is relative to the decay itself, so it does not build up over a long sequence.
-_EXP2 = (0.00134004361, 0.00966637302, 0.0555033311, 0.240223482, 0.693147182)
-# log1p(w) = s * P(s**2) with s = w / (w + 2), w in [0, 1], minimax (4e-9), highest power first.
-_LOG1P = (0.281915456, 0.279576659, 0.40025115, 0.66666311, 2.0)
-# 1.5 * 2**23: added to a float32 it leaves the rounded integer in the low bits.
-_ROUND = 12582912.0
-_FLUSH = 2.0**-100
-"""A smaller state is set to 0 between chunks: the tail of a decay would otherwise end in slow denormals."""
-
-
-def _let(value: Any, body: Callable[[Any], Any]) -> Any:
-    """`body(variable)` with `variable` bound to `value`, so that the expression tree holds `value` once."""
-    variable = T.Var("value", value.ty)
-    return T.Let(body(variable), {variable: value})
-
-
-def _vector(value: float, lanes: int) -> Any:
-    return T.float32(value) if lanes == 1 else T.Broadcast(T.float32(value), lanes)
-
-
-def _exp2(x: Any, lanes: int) -> Any:
-    """2**x for any float32 `x` of `lanes` lanes: infinite from 128 on, 2**-126 below -126 (no denormals).
-
-    NaN gives an arbitrary value or NaN: the caller multiplies it with something that is NaN as well. The integer part
-    is added to the exponent's bits, which is exact up to the largest finite float32.
-    """
-    kind = f"x{lanes}" if lanes > 1 else ""
-
-    def assemble(rounded: Any, fraction: Any) -> Any:
-        value = _vector(_EXP2[0], lanes)
-        for coefficient in (*_EXP2[1:], 1.0):
-            value = value * fraction + _vector(coefficient, lanes)
-        shift = T.int32(23) if lanes == 1 else T.Broadcast(T.int32(23), lanes)
-        bits = T.reinterpret(f"int32{kind}", value) + T.shift_left(rounded, shift)
-        return T.reinterpret(f"float32{kind}", bits)
-
-    def split(x: Any) -> Any:
-        # The detour over the bits hides the addition from TVM's simplifier, which would drop it as x + c - c.
-        rounded = T.reinterpret(f"int32{kind}", x + _vector(_ROUND, lanes))
-        return _let(
-            rounded,
-            lambda r: _let(x - (T.reinterpret(f"float32{kind}", r) - _vector(_ROUND, lanes)), partial(assemble, r)),
-        )
-
-    low, high = _vector(-126.0, lanes), _vector(128.0, lanes)
-    return _let(x, lambda x: _let(T.Select(x < low, low, x), lambda x: _let(T.Select(x > high, high, x), split)))
-
-
-def _softplus(x: Any, lanes: int) -> Any:
-    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), accurate relative to the result; NaN for NaN."""
-
-    def log1p(s: Any) -> Any:
-        value = _vector(_LOG1P[0], lanes)
-        for coefficient in _LOG1P[1:]:
-            value = value * (s * s) + _vector(coefficient, lanes)
-        return value * s
-
-    zero, two = _vector(0.0, lanes), _vector(2.0, lanes)
-    exp = _exp2(T.fabs(x) * _vector(-LOG2_E, lanes), lanes)
-    return T.Select(x < zero, zero, x) + _let(exp, lambda w: _let(w / (w + two), log1p))
-
-
-def _silu(x: Any, lanes: int) -> Any:
-    """x / (1 + exp(-x)); NaN for NaN."""
-    return x / (_exp2(x * _vector(-LOG2_E, lanes), lanes) + _vector(1.0, lanes))
-
 
 def _prefetch(element: Any) -> Any:
     """Fetch the element's cache line. An address outside the buffer does no harm: prefetches never fault."""
     return T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(element), T.int32(0), T.int32(3), T.int32(1))
 
 
-def _flush(x: Any, lanes: int) -> Any:
-    return T.Select(T.fabs(x) < _vector(_FLUSH, lanes), _vector(0.0, lanes), x)
+def _run(lanes: int, count: int, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A macro: all steps of a chunk for `count` states from `first` on, whose h stay in registers.
 
-
-def _nan_or_zero(x: Any, lanes: int) -> Any:
-    """x where it is NaN, else 0; on the bits, since TVM simplifies x != x to false."""
-    magnitude = T.reinterpret(f"int32x{lanes}", x) & T.Broadcast(T.int32(0x7FFFFFFF), lanes)
-    return T.Select(magnitude > T.Broadcast(T.int32(0x7F800000), lanes), x, _vector(0.0, lanes))
-
-
-def _transpose(lanes: int) -> Callable[..., Any]:
-    """A macro that transposes the square `tile[0]` into `tile[log2(lanes)]`, both in registers.
-
-    Interleaving row i with row i + lanes/2 rotates the bits of an element's address (row bits, column bits) by one
-    place; after log2(lanes) rounds rows and columns have changed places.
+    `step(x, h, drive)` is 2**x * h + drive. The first states' pass fetches one line per step of what follows at `ahead`
+    of each tensor: the rows are too many and too far apart for the CPU's own prefetcher.
     """
-    half, stages = lanes // 2, lanes.bit_length() - 1
-    low = [column for i in range(half) for column in (i, lanes + i)]
-    high = [column for i in range(half, lanes) for column in (i, lanes + i)]
 
     @T.macro  # type: ignore[untyped-decorator]
-    def transpose(tile: Any) -> None:
-        for stage in T.unroll(stages):
-            for i in T.unroll(half):
-                tile[stage + 1, 2 * i, T.ramp(0, 1, lanes)] = T.Shuffle(
-                    [tile[stage, i, T.ramp(0, 1, lanes)], tile[stage, i + half, T.ramp(0, 1, lanes)]], low
-                )
-                tile[stage + 1, 2 * i + 1, T.ramp(0, 1, lanes)] = T.Shuffle(
-                    [tile[stage, i, T.ramp(0, 1, lanes)], tile[stage, i + half, T.ramp(0, 1, lanes)]], high
-                )
-
-    return transpose  # type: ignore[no-any-return]
-
-
-def _load_columns(lanes: int) -> Callable[..., Any]:
-    """A macro: `columns[first + j, i] = source[b, c0 + i, t0 + first + j]`, zero beyond the channels and the chunk."""
-    transpose, stages = _transpose(lanes), lanes.bit_length() - 1
-    wide = f"float32x{lanes}"
-
-    @T.macro  # type: ignore[untyped-decorator]
-    def load_columns(
-        columns: Any, tile: Any, source: Any, b: Any, c0: Any, channels: Any, t0: Any, first: Any, steps: Any
+    def run(
+        h: Any,
+        state: Any,
+        a2: Any,
+        delta_t: Any,
+        input_t: Any,
+        b_rows: Any,
+        c_rows: Any,
+        y_t: Any,
+        first: Any,
+        steps: Any,
+        delta: Any,
+        u: Any,
+        z: Any,
+        b: Any,
+        c0: Any,
+        ahead: Any,
     ) -> None:
-        if first + lanes <= steps:
-            for i in T.unroll(lanes):
-                tile[0, i, T.ramp(0, 1, lanes)] = T.if_then_else(
-                    c0 + i < channels,
-                    T.Cast(wide, source[b, c0 + i, T.ramp(t0 + first, 1, lanes)]),
-                    T.Broadcast(T.float32(0.0), lanes),
+        for s in T.unroll(count):
+            h[s, T.ramp(0, 1, lanes)] = state[first + s, T.ramp(0, 1, lanes)]
+        for t in T.serial(steps):
+            if first == 0:
+                T.evaluate(_prefetch(delta[b, c0 + t % lanes, ahead + t // lanes * _LINE]))
+                T.evaluate(_prefetch(u[b, c0 + t % lanes, ahead + t // lanes * _LINE]))
+                T.evaluate(_prefetch(z[b, c0 + t % lanes, ahead + t // lanes * _LINE]))
+            for s in T.unroll(count):
+                h[s, T.ramp(0, 1, lanes)] = step(
+                    delta_t[t, T.ramp(0, 1, lanes)] * a2[first + s, T.ramp(0, 1, lanes)],
+                    h[s, T.ramp(0, 1, lanes)],
+                    input_t[t, T.ramp(0, 1, lanes)] * T.Broadcast(b_rows[first + s, t], lanes),
                 )
-            transpose(tile)
-            for i in T.unroll(lanes):
-                columns[first + i, T.ramp(0, 1, lanes)] = tile[stages, i, T.ramp(0, 1, lanes)]
-        else:
-            for j in T.serial(lanes):
-                columns[first + j, T.ramp(0, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
-            for j, i in T.grid(steps - first, T.min(channels - c0, T.int64(lanes))):
-                columns[first + j, i] = T.Cast("float32", source[b, c0 + i, t0 + first + j])
-
-    return load_columns  # type: ignore[no-any-return]
-
-
-def _load_rows(lanes: int) -> Callable[..., Any]:
-    """A macro: `rows[s, j] = source[b, s, t0 + j]` for the `count` rows and `steps` steps that exist."""
-
-    @T.macro  # type: ignore[untyped-decorator]
-    def load_rows(rows: Any, source: Any, b: Any, count: Any, t0: Any, steps: Any) -> None:
-        for s in T.serial(count):
-            for block in T.serial(steps // lanes):
-                rows[s, T.ramp(block * lanes, 1, lanes)] = T.Cast(
-                    f"float32x{lanes}", source[b, s, T.ramp(t0 + block * lanes, 1, lanes)]
+                y_t[t, T.ramp(0, 1, lanes)] = y_t[t, T.ramp(0, 1, lanes)] + h[s, T.ramp(0, 1, lanes)] * T.Broadcast(
+                    c_rows[first + s, t], lanes
                 )
-            for j in T.serial(steps % lanes):
-                rows[s, steps // lanes * lanes + j] = T.Cast("float32", source[b, s, t0 + steps // lanes * lanes + j])
+        for s in T.unroll(count):
+            state[first + s, T.ramp(0, 1, lanes)] = flush(h[s, T.ramp(0, 1, lanes)], lanes)
 
-    return load_rows  # type: ignore[no-any-return]
+    return run  # type: ignore[no-any-return]
 
 
 def _build(arch: Arch, *, symbol: str, dtype: str, lanes: int, group: int) -> IRModule:
     """The kernel for any shape: `lanes` channels per task, `group` states in registers."""
-    stages = lanes.bit_length() - 1
+    half = lanes // 2
     align = 4 if dtype == "float32" else 2
-    load_columns, load_rows, transpose = _load_columns(lanes), _load_rows(lanes), _transpose(lanes)
+    load_columns, load_rows, transpose = column_loading(lanes), row_loading(lanes), transposing(lanes)
+    table = arch.name == "x86-64-v4"  # the only one with a lookup in a table of 32
+    run_easy = _run(lanes, group, partial(easy_step, lanes=lanes, table=table))
+    run = _run(lanes, group, partial(exact_step, lanes=lanes))
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def scan(
@@ -215,10 +133,10 @@ def _build(arch: Arch, *, symbol: str, dtype: str, lanes: int, group: int) -> IR
                 vtask = T.axis.spatial(batch * ((channels + lanes - 1) // lanes), task)
                 T.reads()
                 T.writes()
-                b = vtask // ((channels + lanes - 1) // lanes)
-                c0 = vtask % ((channels + lanes - 1) // lanes) * lanes
-                valid = T.min(channels - c0, T.int64(lanes))
-                groups = (states + group - 1) // group
+                b = T.bind(vtask // ((channels + lanes - 1) // lanes))
+                c0 = T.bind(vtask % ((channels + lanes - 1) // lanes) * lanes)
+                valid = T.bind(T.min(channels - c0, T.int64(lanes)))
+                groups = T.bind((states + group - 1) // group)
                 a2 = T.sblock_alloc_buffer(((states + group - 1) // group * group, lanes))
                 state = T.sblock_alloc_buffer(((states + group - 1) // group * group, lanes))
                 b_rows = T.sblock_alloc_buffer(((states + group - 1) // group * group, _TIMES))
@@ -228,80 +146,149 @@ def _build(arch: Arch, *, symbol: str, dtype: str, lanes: int, group: int) -> IR
                 input_t = T.sblock_alloc_buffer((_TIMES, lanes))
                 y_t = T.sblock_alloc_buffer((_TIMES, lanes))
                 y_rows = T.sblock_alloc_buffer((lanes, lanes))
-                h = T.sblock_alloc_buffer((group, lanes), scope="local")
-                tile = T.sblock_alloc_buffer((stages + 1, lanes, lanes), scope="local")
+                fastest = T.sblock_alloc_buffer((1, lanes))
+                largest = T.sblock_alloc_buffer((1, lanes))
+                # Registers. Without scope="local" and below 1 KiB each: what TVM puts on the heap stays in memory.
+                h = T.sblock_alloc_buffer((group, lanes))
+                top = T.sblock_alloc_buffer((half, lanes))
+                bottom = T.sblock_alloc_buffer((half, lanes))
+                other_top = T.sblock_alloc_buffer((half, lanes))
+                other_bottom = T.sblock_alloc_buffer((half, lanes))
                 d_lanes[0, T.ramp(0, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                 for i in T.serial(valid):
                     d_lanes[0, i] = T.Cast("float32", skip[c0 + i])
+                fastest[0, T.ramp(0, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                 for s in T.serial(groups * group):
                     a2[s, T.ramp(0, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                     if s < states:
                         for i in T.serial(valid):
                             a2[s, i] = T.Cast("float32", decay[c0 + i, s]) * T.float32(LOG2_E)
+                    fastest[0, T.ramp(0, 1, lanes)] = larger(
+                        fastest[0, T.ramp(0, 1, lanes)], a2[s, T.ramp(0, 1, lanes)]
+                    )
                     # A NaN in A may get lost in exp2's bits; from the state it cannot.
-                    state[s, T.ramp(0, 1, lanes)] = _nan_or_zero(a2[s, T.ramp(0, 1, lanes)], lanes)
+                    state[s, T.ramp(0, 1, lanes)] = nan_or_zero(a2[s, T.ramp(0, 1, lanes)], lanes)
                 for s, block in T.grid(groups * group - states, _TIMES // lanes):
                     b_rows[states + s, T.ramp(block * lanes, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                     c_rows[states + s, T.ramp(block * lanes, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                 for chunk in T.serial((length + _TIMES - 1) // _TIMES):
-                    t0 = chunk * _TIMES
-                    steps = T.min(length - t0, T.int64(_TIMES))
+                    t0 = T.bind(chunk * _TIMES)
+                    steps = T.bind(T.min(length - t0, T.int64(_TIMES)))
                     load_rows(b_rows, b_in, b, states, t0, steps)
                     load_rows(c_rows, c_in, b, states, t0, steps)
                     for block in T.serial((steps + lanes - 1) // lanes):
-                        load_columns(delta_t, tile, delta, b, c0, channels, t0, block * lanes, steps)
-                        load_columns(input_t, tile, u, b, c0, channels, t0, block * lanes, steps)
+                        load_columns(
+                            delta_t,
+                            top,
+                            bottom,
+                            other_top,
+                            other_bottom,
+                            delta,
+                            b,
+                            c0,
+                            channels,
+                            t0,
+                            block * lanes,
+                            steps,
+                        )
+                        load_columns(
+                            input_t, top, bottom, other_top, other_bottom, u, b, c0, channels, t0, block * lanes, steps
+                        )
                     if delta_softplus != 0:
                         for t in T.serial(steps):
-                            delta_t[t, T.ramp(0, 1, lanes)] = _softplus(delta_t[t, T.ramp(0, 1, lanes)], lanes)
+                            delta_t[t, T.ramp(0, 1, lanes)] = softplus(delta_t[t, T.ramp(0, 1, lanes)], lanes)
+                    largest[0, T.ramp(0, 1, lanes)] = T.Broadcast(T.float32(0.0), lanes)
                     for t in T.serial(steps):
+                        largest[0, T.ramp(0, 1, lanes)] = larger(
+                            largest[0, T.ramp(0, 1, lanes)], delta_t[t, T.ramp(0, 1, lanes)]
+                        )
                         y_t[t, T.ramp(0, 1, lanes)] = input_t[t, T.ramp(0, 1, lanes)] * d_lanes[0, T.ramp(0, 1, lanes)]
                         input_t[t, T.ramp(0, 1, lanes)] = (
                             input_t[t, T.ramp(0, 1, lanes)] * delta_t[t, T.ramp(0, 1, lanes)]
                         )
-                    for g in T.serial(groups):
-                        for s in T.unroll(group):
-                            h[s, T.ramp(0, 1, lanes)] = state[g * group + s, T.ramp(0, 1, lanes)]
-                        for t in T.serial(steps):
-                            # One line of the next chunk per step and tensor: its rows are too many and too far apart
-                            # for the CPU's own prefetcher.
-                            T.evaluate(_prefetch(delta[b, c0 + t % lanes, t0 + _TIMES + t // lanes * _LINE]))
-                            T.evaluate(_prefetch(u[b, c0 + t % lanes, t0 + _TIMES + t // lanes * _LINE]))
-                            T.evaluate(_prefetch(z[b, c0 + t % lanes, t0 + _TIMES + t // lanes * _LINE]))
-                            for s in T.unroll(group):
-                                h[s, T.ramp(0, 1, lanes)] = _exp2(
-                                    delta_t[t, T.ramp(0, 1, lanes)] * a2[g * group + s, T.ramp(0, 1, lanes)], lanes
-                                ) * h[s, T.ramp(0, 1, lanes)] + input_t[t, T.ramp(0, 1, lanes)] * T.Broadcast(
-                                    b_rows[g * group + s, t], lanes
-                                )
-                                y_t[t, T.ramp(0, 1, lanes)] = y_t[t, T.ramp(0, 1, lanes)] + h[
-                                    s, T.ramp(0, 1, lanes)
-                                ] * T.Broadcast(c_rows[g * group + s, t], lanes)
-                        for s in T.unroll(group):
-                            state[g * group + s, T.ramp(0, 1, lanes)] = _flush(h[s, T.ramp(0, 1, lanes)], lanes)
+                    easy = T.bind(all_easy(largest[0, T.ramp(0, 1, lanes)] * fastest[0, T.ramp(0, 1, lanes)], lanes))
+                    if easy:
+                        for g in T.serial(groups):
+                            run_easy(
+                                h,
+                                state,
+                                a2,
+                                delta_t,
+                                input_t,
+                                b_rows,
+                                c_rows,
+                                y_t,
+                                g * group,
+                                steps,
+                                delta,
+                                u,
+                                z,
+                                b,
+                                c0,
+                                t0 + _TIMES,
+                            )
+                    else:
+                        for g in T.serial(groups):
+                            run(
+                                h,
+                                state,
+                                a2,
+                                delta_t,
+                                input_t,
+                                b_rows,
+                                c_rows,
+                                y_t,
+                                g * group,
+                                steps,
+                                delta,
+                                u,
+                                z,
+                                b,
+                                c0,
+                                t0 + _TIMES,
+                            )
                     for block in T.serial((steps + lanes - 1) // lanes):
-                        for i in T.unroll(lanes):
-                            tile[0, i, T.ramp(0, 1, lanes)] = y_t[block * lanes + i, T.ramp(0, 1, lanes)]
-                        transpose(tile)
-                        for i in T.unroll(lanes):
-                            y_rows[i, T.ramp(0, 1, lanes)] = tile[stages, i, T.ramp(0, 1, lanes)]
-                        first = t0 + block * lanes
-                        for i in T.serial(valid):
-                            if block * lanes + lanes <= steps:
-                                if has_z != 0:
-                                    y_rows[i, T.ramp(0, 1, lanes)] = y_rows[i, T.ramp(0, 1, lanes)] * _silu(
-                                        T.Cast(f"float32x{lanes}", z[b, c0 + i, T.ramp(first, 1, lanes)]), lanes
-                                    )
+                        for i in T.unroll(half):
+                            top[i, T.ramp(0, 1, lanes)] = y_t[block * lanes + i, T.ramp(0, 1, lanes)]
+                        for i in T.unroll(half):
+                            bottom[i, T.ramp(0, 1, lanes)] = y_t[block * lanes + half + i, T.ramp(0, 1, lanes)]
+                        transpose(top, bottom, other_top, other_bottom)
+                        first = T.bind(t0 + block * lanes)
+                        if T.And(T.And(valid == lanes, block * lanes + lanes <= steps), has_z == 0):
+                            for i in T.unroll(half):
                                 out[b, c0 + i, T.ramp(first, 1, lanes)] = T.Cast(
-                                    f"{dtype}x{lanes}", y_rows[i, T.ramp(0, 1, lanes)]
+                                    f"{dtype}x{lanes}", (top if lanes == 16 else other_top)[i, T.ramp(0, 1, lanes)]
                                 )
-                            else:
-                                for j in T.serial(steps - block * lanes):
+                            for i in T.unroll(half):
+                                out[b, c0 + half + i, T.ramp(first, 1, lanes)] = T.Cast(
+                                    f"{dtype}x{lanes}",
+                                    (bottom if lanes == 16 else other_bottom)[i, T.ramp(0, 1, lanes)],
+                                )
+                        else:
+                            for i in T.unroll(half):
+                                y_rows[i, T.ramp(0, 1, lanes)] = (top if lanes == 16 else other_top)[
+                                    i, T.ramp(0, 1, lanes)
+                                ]
+                            for i in T.unroll(half):
+                                y_rows[half + i, T.ramp(0, 1, lanes)] = (bottom if lanes == 16 else other_bottom)[
+                                    i, T.ramp(0, 1, lanes)
+                                ]
+                            for i in T.serial(valid):
+                                if block * lanes + lanes <= steps:
                                     if has_z != 0:
-                                        y_rows[i, j] = y_rows[i, j] * _silu(
-                                            T.Cast("float32", z[b, c0 + i, first + j]), 1
+                                        y_rows[i, T.ramp(0, 1, lanes)] = y_rows[i, T.ramp(0, 1, lanes)] * silu(
+                                            T.Cast(f"float32x{lanes}", z[b, c0 + i, T.ramp(first, 1, lanes)]), lanes
                                         )
-                                    out[b, c0 + i, first + j] = T.Cast(dtype, y_rows[i, j])
+                                    out[b, c0 + i, T.ramp(first, 1, lanes)] = T.Cast(
+                                        f"{dtype}x{lanes}", y_rows[i, T.ramp(0, 1, lanes)]
+                                    )
+                                else:
+                                    for j in T.serial(steps - block * lanes):
+                                        if has_z != 0:
+                                            y_rows[i, j] = y_rows[i, j] * silu(
+                                                T.Cast("float32", z[b, c0 + i, first + j]), 1
+                                            )
+                                        out[b, c0 + i, first + j] = T.Cast(dtype, y_rows[i, j])
 
     return IRModule({symbol: scan})
 

@@ -179,6 +179,20 @@ def test_extreme_exponents(kernels: Kernels) -> None:
     np.testing.assert_allclose(actual[2:5], np.exp(inputs["A"][2:5, 0].astype(np.float64)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [119.0, 121.0, 1e6, np.inf], ids=str)
+def test_a_fast_decay_makes_only_its_own_chunk_take_the_long_way(kernels: Kernels, size: float) -> None:
+    """Exponents around and beyond the limit of the short exponential, in one step of one channel."""
+    inputs = make_inputs(1, 19, 400, 16)
+    inputs["delta"][0, 5, 200] = np.float32(size * np.log(2)) / -inputs["A"][5].min()
+    inputs["u"][0, 5, 200] = 0.0 if np.isfinite(size) else 1.0
+    actual = call(kernels["float32"], inputs)
+    clear = np.ones(actual.shape, bool)
+    clear[0, 5, 200:] = np.isfinite(size)
+    expected = oracle(inputs, softplus=False, gate=False)
+    assert relative_l2(actual[clear], expected[clear]) <= tolerance("SelectiveScan", "float32", "tvm")
+    assert np.isfinite(actual[0, 5, 200:]).all() == np.isfinite(size)
+
+
 def test_softplus_is_accurate_relative_to_small_values(kernels: Kernels) -> None:
     inputs = make_inputs(1, 40, 3, 1)
     inputs["delta"][0] = np.linspace(-60, 90, 120, dtype=np.float32).reshape(40, 3)
