@@ -11,8 +11,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgekit.errors import InputError
 from edgekit.runtime.kernel_library import (
     BUILD_COMMAND,
+    FOLDER_VARIABLE,
+    OUTDATED,
     Found,
     Host,
     find_libraries,
@@ -68,6 +71,8 @@ PARTS = (
     Part("apache-tvm", "tvm", "kernels", "compiling kernels and whole models", "tvm"),
     Part("apache-tvm-ffi", "tvm_ffi", "kernels", "the same", "tvm"),
 )
+NATIVE_KERNELS = "native kernels"
+_FAST = "running custom ops fast"
 # Versions that install and import but do not work, whatever range a package's metadata allows.
 KNOWN_BAD = {("apache-tvm-ffi", "0.1.15"): "it crashes in Schedule.tensorize and meta_schedule"}
 
@@ -118,7 +123,8 @@ def diagnose(tools: Sequence[Check] = ()) -> Diagnosis:
     Raises nothing: what cannot be found out is said so.
 
     Args:
-        tools: further checks, for what this part of edgekit may not import: the tools that build kernels.
+        tools: further checks, for what this part of edgekit may not import: the tools that build kernels. One called
+            "native kernels" stands in place of the check of that name, which cannot tell whether they are outdated.
     """
     requirements, wanted_python = _edgekit_metadata()
     checks = [check_python(platform.python_version(), wanted_python)]
@@ -129,7 +135,9 @@ def diagnose(tools: Sequence[Check] = ()) -> Diagnosis:
                 part, versions, importable=_is_importable(part.module), wanted=wanted_range(part.name, requirements)
             )
         )
-    checks += [*tools, check_kernels(kernels_root(), find_libraries(kernels_root()), this_host())]
+    checks += tools
+    if all(check.name != NATIVE_KERNELS for check in tools):
+        checks.append(built_kernels())
     machine = this_machine()
     return Diagnosis(tuple(checks), machine, machine_notes(machine, load_average(), cpu_frequency_mhz()))
 
@@ -180,9 +188,25 @@ def check_part(part: Part, versions: dict[str, str], *, importable: bool, wanted
     return result("ok", f"{version} ({'; '.join(remarks)})" if remarks else version)
 
 
-def check_kernels(root: Path, libraries: Sequence[Found], host: Host) -> Check:
-    """Say which of the kernel libraries in `root` serve this machine. None at all is no fault: function bodies run."""
+def built_kernels(sources: str | None = None) -> Check:
+    """`check_kernels` of the libraries that `edgekit.load` finds on this machine."""
+    try:
+        root = kernels_root()
+    except InputError as error:
+        return Check(
+            NATIVE_KERNELS, "kernels", "missing", str(error), "", _FAST, f"{FOLDER_VARIABLE}=FOLDER {BUILD_COMMAND}"
+        )
+    return check_kernels(root, find_libraries(root), this_host(), sources)
+
+
+def check_kernels(root: Path, libraries: Sequence[Found], host: Host, sources: str | None = None) -> Check:
+    """Say which of the kernel libraries in `root` serve this machine. None at all is no fault: function bodies run.
+
+    Args:
+        sources: the hash of the kernels' sources, see `edgekit.kernels.build.sources_digest`; None: not compared.
+    """
     fitting: list[str] = []
+    outdated: list[str] = []
     others: list[str] = []
     for found in libraries:
         reason = found.problem if found.library is None else misfit(found.library, host)
@@ -190,10 +214,14 @@ def check_kernels(root: Path, libraries: Sequence[Found], host: Host) -> Check:
             others.append(f"{found.arch}: {reason}")
         else:
             fitting.append(found.arch)
+            if sources is not None and found.library is not None and found.library.sources != sources:
+                outdated.append(found.arch)
 
     def result(status: Status, found: str, mend: str | None = None) -> Check:
-        return Check("native kernels", "kernels", status, found, "", "running custom ops fast", mend)
+        return Check(NATIVE_KERNELS, "kernels", status, found, "", _FAST, mend)
 
+    if outdated:
+        return result("wrong", f"{', '.join(outdated)} in {root}: {OUTDATED.split(';')[0]}", BUILD_COMMAND)
     if fitting:
         more = f" ({len(others)} more for others)" if others else ""
         return result("ok", f"{', '.join(fitting)} in {root}{more}")

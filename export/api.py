@@ -30,13 +30,15 @@ from edgekit.export.plan import Plan, make_plan
 from edgekit.export.samples import batch_size, first_items, record_answers, samples_of
 from edgekit.export.shapes import InputShape
 from edgekit.export.source import LoadedModel, load_model
+from edgekit.export.verification import check_other_sizes
+from edgekit.kernels.build import ARCH_NAMES
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
 from edgekit.runtime.manifest import CustomOp, Manifest, TensorSpec
 from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import load
 from edgekit.runtime.tolerances import PRECISIONS
-from edgekit.runtime.verification import Check, finite, verify_samples
+from edgekit.runtime.verification import Check, finite, tolerance_for, verify_samples
 
 if TYPE_CHECKING:
     from edgekit.export.tvm import TvmExport
@@ -79,6 +81,9 @@ def export_model(
         _check_tvm_options(precision, opset, tune)
     elif arch is not None or tune:
         raise InputError(f"arch and tune are for the target tvm; this export is to {target}")
+    for each in (*(kernels or ()), *((arch,) if arch is not None else ())):
+        if each not in ARCH_NAMES:
+            raise UnknownNameError("kernel arch", each, ARCH_NAMES)
     opset = onnx_target.choose_opset(opset)
     step = progress or (lambda _: None)
     step("load the model")
@@ -323,7 +328,12 @@ def _compare(plan: Plan, bundle: Bundle, backend: str) -> Check:
     manifest = bundle.manifest
     plan.step(f"check {manifest.precision} against PyTorch")
     # The bodies travel with the bundle; native kernels are one machine's, and `edgekit verify` checks them there.
-    check = verify_samples(load(bundle, backend=backend, kernels="portable"), tolerance=plan.tolerance)
+    session = load(bundle, backend=backend, kernels="portable")
+    check = verify_samples(session, tolerance=plan.tolerance)
+    if check and manifest.dims and manifest.precision != "int8":
+        plan.step("check other sizes")
+        other = check_other_sizes(session, plan.loaded, tolerance_for(manifest, plan.tolerance))
+        check = check if other is None or other else other
     if not check:
         figures = "; ".join(
             output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.0e}"

@@ -10,6 +10,7 @@ import onnx
 import torch
 
 from edgekit.custom_ops import registry
+from edgekit.errors import ExportError
 from edgekit.runtime.manifest import CustomOp
 
 # Every op runs from its function body, and from edgekit's kernel library where one is built for the machine.
@@ -17,15 +18,31 @@ KERNELS = ("portable", "native")
 
 
 def translations(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
-    """What `torch.onnx.export` needs to know of the custom ops that the program calls, in any of its graphs."""
-    called = {
-        str(node.target.overloadpacket.__name__)
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == registry.DOMAIN
-    }
+    """What `torch.onnx.export` needs to know of the custom ops that the program calls, in any of its graphs.
+
+    Raises:
+        ExportError: a call in a dtype that the ONNX ops do not have.
+    """
+    called = set()
+    for node in calls(program):
+        called.add(str(node.target.overloadpacket.__name__))
+        dtype = node.args[0].meta["val"].dtype
+        if dtype not in (torch.float32, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            raise ExportError(
+                f"the model calls {node.target.overloadpacket} in {name}; exported ops are float32 or float16: convert "
+                "its inputs with .float()"
+            )
     return dict(op.translation() for op in registry.OPS if op.folder in called)
+
+
+def calls(program: torch.export.ExportedProgram) -> Iterator[Any]:
+    """The nodes that call custom ops, those in branches included."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == registry.DOMAIN:
+                    yield node
 
 
 def add_functions(model: onnx.ModelProto) -> None:

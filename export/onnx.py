@@ -199,7 +199,8 @@ def finalize(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> onnx.Mod
         for item in (function, *function.node):
             _strip(item)
     model.producer_name, model.producer_version = "edgekit", metadata.get("edgekit", "")
-    used = {node.domain for node in model.graph.node} | {n.domain for f in model.functions for n in f.node} | {""}
+    nodes = [node for graph in _graphs(model.graph) for node in graph.node]
+    used = {node.domain for node in nodes} | {n.domain for f in model.functions for n in f.node} | {""}
     kept = {item.domain: item.version for item in model.opset_import if item.domain in used}
     del model.opset_import[:]
     model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sorted(kept.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from edgekit.errors import EdgekitError, InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.kernel_library import kernel_uses
+from edgekit.runtime.manifest import DimRange
 from edgekit.runtime.session import Array, Session, load, random_inputs
 from edgekit.runtime.verification import (
     Accuracy,
@@ -153,12 +155,19 @@ def fresh_inputs(session: Session, count: int) -> Iterator[dict[str, Array]]:
             weight = np.float32(generator.uniform(0.1, 0.4))
             yield {name: _mix(array[first], array[second], weight) for name, array in samples.inputs.items()}
             continue
-        sizes = {}
-        for name, limits in dims.items():
-            smallest = max(1, limits.min)
-            largest = limits.max if limits.max is not None else smallest + 3
-            sizes[name] = smallest + index % (min(largest, smallest + 7) - smallest + 1)
+        sizes = {name: _fresh_size(limits, index) for name, limits in dims.items()}
         yield random_inputs(session.inputs, dims, seed=FRESH_SEED + index, sizes=sizes)
+
+
+def _fresh_size(limits: DimRange, index: int) -> int:
+    """The smallest size first, then others far apart, as long as they are not too costly.
+
+    A length must not always be a multiple of some block, or too short to have a second one.
+    """
+    smallest = max(1, limits.min)
+    largest = 3 * smallest + 64 if limits.max is None else min(limits.max, 3 * smallest + 64)
+    count = largest - smallest + 1
+    return smallest + index * max(1, round(0.38 * count)) % count
 
 
 def _mix(first: Array, second: Array, weight: np.float32) -> Array:
@@ -171,6 +180,19 @@ def _check_live(session: Session, loaded: LoadedModel, count: int, tolerance: fl
     run = loaded.runner([spec.name for spec in session.outputs])
     pairs = ((arrays, run(arrays)) for arrays in fresh_inputs(session, count))
     return check_outputs("live PyTorch on fresh inputs", pairs, session.run, tolerance)
+
+
+def check_other_sizes(session: Session, loaded: LoadedModel, tolerance: float) -> Check | None:
+    """Compare on fresh inputs of several sizes; the stored samples all have the smallest.
+
+    None where the model takes none of the sizes: they are drawn independently of each other.
+    """
+    run = loaded.runner([spec.name for spec in session.outputs])
+    pairs = []
+    for arrays in fresh_inputs(session, FRESH_INPUTS):
+        with contextlib.suppress(Exception):  # whatever the user's forward raises on sizes that do not fit together
+            pairs.append((arrays, run(arrays)))
+    return check_outputs("live PyTorch on other sizes", iter(pairs), session.run, tolerance) if pairs else None
 
 
 def _accuracy(session: Session, loaded: LoadedModel | None, source: str | Path) -> Accuracy:

@@ -1,32 +1,29 @@
 """Building the library with which onnxruntime runs edgekit's ops natively.
 
     >>> from edgekit.kernels.build import build
-    >>> build(["x86-64-v4"])[0].library
+    >>> build(["x86-64-v4"], Path("built"))[0].library
 
 For each arch: TVM compiles the kernels to objects, a C and a C++ compiler build the layer around them, and
-`libedgekit_onnxruntime.so` and `kernels.json` go into a folder of their own, where `edgekit.load` finds them. The same
-sources and tools give the same bytes.
+`libedgekit_onnxruntime.so` and `kernels.json` go into a folder of their own. `edgekit.load` looks for such folders
+where `edgekit.runtime.kernel_library.kernels_root` says. The same sources and tools give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import edgekit
-from edgekit.errors import InputError, UnknownNameError
+from edgekit.errors import UnknownNameError
 from edgekit.kernels.headers import Headers, find_headers
 from edgekit.kernels.native.objects import (
     KERNELS,
     SOURCES,
     OpObject,
-    cache_root,
     digest,
     op_objects,
     scratch_folder,
@@ -35,7 +32,7 @@ from edgekit.kernels.native.objects import (
 from edgekit.kernels.native.table import Entry, table_header
 from edgekit.kernels.native.toolchain import KernelBuildError, Toolchain, find_toolchain, run
 
-__all__ = ["ARCH_NAMES", "BuiltLibrary", "KernelBuildError", "build", "default_folder", "host_arch"]
+__all__ = ["ARCH_NAMES", "BuiltLibrary", "KernelBuildError", "build", "sources_digest"]
 
 LIBRARY = "libedgekit_onnxruntime.so"
 MANIFEST = "kernels.json"
@@ -72,51 +69,31 @@ class BuiltLibrary:
     """Whether the folder already held this very library."""
 
 
-def host_arch() -> str:
-    """The best arch for this computer's CPU.
-
-    Raises:
-        InputError: there is none.
-    """
-    from edgekit.kernels.tvm.targets import ARCHS
-
-    machine, features = platform.machine(), _cpu_features()
-    fitting = [arch for arch in ARCHS.values() if arch.machine == machine and features.issuperset(arch.features)]
-    if not fitting:
-        raise InputError(f"no kernel arch fits this CPU ({machine}); known: {', '.join(ARCH_NAMES)}")
-    return max(fitting, key=lambda arch: len(arch.features)).name
+def sources_digest() -> str:
+    """A hash of all that the kernels are made from, except the tools. Cheap: TVM is not loaded."""
+    return digest(_sources())
 
 
-def default_folder(arch: str) -> Path:
-    """Where the library for `arch` goes and is looked for.
-
-    `$EDGEKIT_KERNELS/<arch>`, else `$XDG_CACHE_HOME/edgekit/kernels/<version>/<arch>` (`~/.cache` by default).
-    """
-    chosen = os.environ.get("EDGEKIT_KERNELS")
-    return (Path(chosen) if chosen else cache_root() / "kernels" / edgekit.__version__) / arch
-
-
-def build(archs: Sequence[str] | None = None, out: Path | None = None, *, force: bool = False) -> list[BuiltLibrary]:
+def build(archs: Sequence[str], out: Path, *, force: bool = False) -> list[BuiltLibrary]:
     """Build the library for each arch and install it.
 
     Args:
-        archs: names out of `ARCH_NAMES`; None is `host_arch()`.
-        out: parent of one folder per arch; None is where `edgekit.load` looks, see `default_folder`.
+        archs: names out of `ARCH_NAMES`.
+        out: parent of one folder per arch.
         force: build even if the folder holds the very library that would come out.
 
     Raises:
         UnknownNameError: an arch that does not exist.
         MissingDependencyError: TVM is not installed.
-        KernelBuildError: a compiler or onnxruntime's headers are missing, or a compiler failed. What was installed
-            before is left as it was.
+        KernelBuildError: a compiler or onnxruntime's headers are missing, a compiler failed, or `out` cannot be
+            written. What was installed before is left as it was.
     """
-    names = [host_arch()] if archs is None else list(archs)
-    for name in names:
+    for name in archs:
         if name not in ARCH_NAMES:
             raise UnknownNameError("kernel arch", name, ARCH_NAMES)
     tvm_versions()
     headers = find_headers()
-    return [_build_one(name, default_folder(name) if out is None else out / name, headers, force) for name in names]
+    return [_build_one(name, out / name, headers, force) for name in archs]
 
 
 def _build_one(name: str, folder: Path, headers: Headers, force: bool) -> BuiltLibrary:
@@ -125,18 +102,25 @@ def _build_one(name: str, folder: Path, headers: Headers, force: bool) -> BuiltL
     started = time.perf_counter()
     arch = get_arch(name)
     tools = find_toolchain(arch.machine)
-    compiler = tools.version()
-    flags = [os.environ.get(variable, "") for variable in ("CFLAGS", "CXXFLAGS", "LDFLAGS")]
-    fingerprint = digest(_sources(), *tvm_versions(), compiler, str(headers.api), edgekit.__version__, *flags)
+    compilers = {"cc": tools.c_version(), "c++": tools.version()}
+    sources = sources_digest()
+    fingerprint = digest(
+        (), sources, *tvm_versions(), *compilers.values(), repr(tools), str(headers.api), edgekit.__version__
+    )
     library, manifest = folder / LIBRARY, folder / MANIFEST
     before = None if force else _installed(folder, fingerprint)
     if before is not None:
         return BuiltLibrary(name, folder, library, manifest, before, time.perf_counter() - started, True)
     objects = op_objects(name)
     entries = tuple(entry for item in objects for entry in item.entries)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelBuildError(
+            f"cannot write kernels to {folder}: {error.strerror}; set EDGEKIT_KERNELS to a folder for them"
+        ) from error
     with scratch_folder(folder) as work:
-        _link(work, tools, headers, objects)
+        _link(work, tools, arch.march, headers, objects)
         document = {
             "schema": SCHEMA,
             "edgekit": edgekit.__version__,
@@ -148,7 +132,8 @@ def _build_one(name: str, folder: Path, headers: Headers, force: bool) -> BuiltL
             "sha256": hashlib.sha256((work / LIBRARY).read_bytes()).hexdigest(),
             "ort_api": headers.api,
             "kernels": [entry.to_json() for entry in entries],
-            "tools": dict(zip(("apache-tvm", "apache-tvm-ffi"), tvm_versions(), strict=True)) | {"c++": compiler},
+            "tools": dict(zip(("apache-tvm", "apache-tvm-ffi"), tvm_versions(), strict=True)) | compilers,
+            "sources": sources,
             "fingerprint": fingerprint,
         }
         (work / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -158,16 +143,16 @@ def _build_one(name: str, folder: Path, headers: Headers, force: bool) -> BuiltL
     return BuiltLibrary(name, folder, library, manifest, entries, time.perf_counter() - started, False)
 
 
-def _link(work: Path, tools: Toolchain, headers: Headers, objects: Iterable[OpObject]) -> None:
+def _link(work: Path, tools: Toolchain, march: str, headers: Headers, objects: Iterable[OpObject]) -> None:
     """Compile the layer and link everything to `work / LIBRARY`."""
     items = list(objects)
     c_source, cc_source = SOURCES / "edgekit_kernels.c", KERNELS / "ort" / "custom_ops.cc"
     (work / "edgekit_kernels_table.h").write_text(table_header(entry for item in items for entry in item.entries))
     (work / "exported.map").write_text(_EXPORTED)
-    cflags, cxxflags, ldflags = (_words(variable) for variable in ("CFLAGS", "CXXFLAGS", "LDFLAGS"))
-    include = ["-I", str(work), "-I", str(SOURCES)]
+    # Last, so that it wins over a -march=native of the user's: kernels.json promises that the arch's features suffice.
+    last = ["-I", str(work), "-I", str(SOURCES), f"-march={march}"]
     run(
-        [*tools.cc, "-std=c11", *_WARNINGS, *_COMMON, *cflags, *include, "-c", str(c_source), "-o", "c.o"],
+        [*tools.cc, "-std=c11", *_WARNINGS, *_COMMON, *tools.cflags, *last, "-c", str(c_source), "-o", "c.o"],
         "compiling the C layer",
         work,
     )
@@ -178,9 +163,9 @@ def _link(work: Path, tools: Toolchain, headers: Headers, objects: Iterable[OpOb
             "-std=c++17",
             *_WARNINGS,
             *_COMMON,
-            *cxxflags,
-            *include,
+            *tools.cxxflags,
             *system,
+            *last,
             "-c",
             str(cc_source),
             "-o",
@@ -191,7 +176,7 @@ def _link(work: Path, tools: Toolchain, headers: Headers, objects: Iterable[OpOb
     )
     inputs = ["cc.o", "c.o", *(str(item.path) for item in items)]
     run(
-        [*tools.cxx, *_LINK, "-Wl,--version-script=exported.map", *inputs, "-o", LIBRARY, *ldflags, "-lm"],
+        [*tools.cxx, *_LINK, "-Wl,--version-script=exported.map", *inputs, "-o", LIBRARY, *tools.ldflags, "-lm"],
         f"linking {LIBRARY}",
         work,
     )
@@ -218,20 +203,3 @@ def _sources() -> list[Path]:
         for path in KERNELS.rglob("*")
         if path.suffix in {".py", ".c", ".h", ".cc"} and "__pycache__" not in path.parts and path.is_file()
     ]
-
-
-def _words(variable: str) -> list[str]:
-    return os.environ.get(variable, "").split()
-
-
-def _cpu_features() -> frozenset[str]:
-    """What /proc/cpuinfo says the CPU can do (`flags` on x86, `Features` on ARM)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()

@@ -36,6 +36,7 @@ SCHEMA = 1
 FOLDER_VARIABLE = "EDGEKIT_KERNELS"
 PORTABLE = "portable function body"
 BUILD_COMMAND = "edgekit kernels build"
+OUTDATED = f"older than the sources; build again: {BUILD_COMMAND}"
 KERNELS_HELP = "for edgekit's own ops: native kernels where they fit, portable function bodies, or a built library"
 
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -113,6 +114,7 @@ class KernelLibrary:
         ort_api: the oldest C API of onnxruntime that it runs with.
         kernels: the kernels in it.
         tools: the versions of what built it.
+        sources: a hash of what it was built from; only who has those sources can tell what it means.
     """
 
     arch: str
@@ -125,6 +127,7 @@ class KernelLibrary:
     ort_api: int
     kernels: tuple[LibraryKernel, ...]
     tools: dict[str, str]
+    sources: str = ""
 
     def ops(self) -> dict[str, tuple[str, ...]]:
         """The dtypes it serves per op, such as `{"SelectiveScan": ("float16", "float32")}`."""
@@ -176,11 +179,20 @@ def this_host(onnxruntime_version: str | None = None) -> Host:
 
 
 def kernels_root() -> Path:
-    """Where libraries are built and looked for: $EDGEKIT_KERNELS, else a folder per version in the user's cache."""
+    """Where libraries are built and looked for: $EDGEKIT_KERNELS, else a folder per version in the user's cache.
+
+    Raises:
+        InputError: the variable is not set and this user has no home folder.
+    """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "edgekit" / "kernels" / __version__
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "edgekit" / "kernels" / __version__
+    except RuntimeError as error:
+        raise InputError(
+            f"there is no home folder to look for native kernels in; set {FOLDER_VARIABLE} to a folder for them"
+        ) from error
 
 
 def find_libraries(root: Path) -> tuple[Found, ...]:
@@ -214,7 +226,10 @@ def choose(
     if kernels == "auto":
         if not nodes:
             return Choice(None, "the model has no ops of edgekit's")
-        root = kernels_root()
+        try:
+            root = kernels_root()
+        except InputError as error:
+            return Choice(None, str(error))
         found = find_libraries(root)
         if not found:
             return Choice(None, f"no native kernels are built in {root}; to build them: {BUILD_COMMAND}")
@@ -376,6 +391,7 @@ def _library(folder: Path, data: Any) -> KernelLibrary:
         ort_api=_get(data, "ort_api", int),
         kernels=tuple(map(_kernel, kernels)),
         tools={str(key): str(value) for key, value in tools.items()} if isinstance(tools, dict) else {},
+        sources=str(data.get("sources", "")),
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
 from edgekit.errors import EdgekitError
+from edgekit.kernels.build import sources_digest
 from edgekit.kernels.headers import find_headers
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples
 from edgekit.runtime.kernel_library import this_host
@@ -36,6 +37,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "kernels" or item.path.name.startswith("test_tvm"):
             item.add_marker(pytest.mark.skip(reason="needs a C and a C++ compiler (Debian: apt-get install g++)"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever this user has built: edgekit looks for kernels in an empty folder, unless a test names another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEKIT_KERNELS", str(tmp_path_factory.mktemp("no-kernels")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def this_arch() -> str:
+    """The arch of the kernels that this machine runs fastest."""
+    from edgekit.kernels.tvm.targets import best_arch
+
+    host = this_host()
+    return best_arch(host.machine, host.system, host.features).name
 
 
 @pytest.fixture
@@ -215,5 +233,6 @@ def _describe(folder: Path, *, library: str = "lib.so", **changes: object) -> No
         "ort_api": 20,
         "kernels": [{"op": "Twice", "dtype": "float32", "symbol": "twice_f32", "parameters": {}}],
         "tools": {},
+        "sources": sources_digest(),
     }
     (folder / "kernels.json").write_text(json.dumps(data | changes))

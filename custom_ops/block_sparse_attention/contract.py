@@ -2,6 +2,17 @@
 
 Plain Python: sizes are ints, dtypes are names. A size that is not an int (a symbol while torch.export traces) is not
 checked here; the op checks it again when it runs. Each rule's text is also the name of a guard in the ONNX body.
+
+What holds of NaN, infinities and large numbers:
+
+* A row whose listed blocks hold only finite q, k and v is exact, whatever stands elsewhere. Within a listed block, what
+  a query may not see can still make its row NaN where it is not finite.
+* A row that may see a NaN, or only scores of -infinity, gives NaN or infinities, never the zeros of a row without keys.
+* The native kernels multiply scores with log2(e): one beyond 2.3e38 in size is infinite to them. Beside a larger score
+  a negative one counts nothing, as it should; otherwise the row gives NaN.
+
+The ONNX body holds masks of block_q x block_k, at most 2^26 entries in all, and is made from the attributes alone. An
+exporter that knows the number of keys cuts longer blocks to it; where it is dynamic, such blocks are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +34,9 @@ LENGTH = f"{NAME} needs at least as many keys as queries (M >= N): the last quer
 INDEX = f"{NAME} needs block_index [B, Hm, ceil(N / block_q), K] with Hm one of 1, Hkv, Hq"
 RANGE = f"{NAME} needs every block index in -1..ceil(M / block_k) - 1, -1 for none"
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The positive normal numbers of float32, in which ONNX and the kernels have the attributes."""
+
 FARTHEST = 2**40
 """More than any distance between two positions: a larger window hides no more than this one."""
 
@@ -31,8 +45,9 @@ FARTHEST = 2**40
 class Attributes:
     """The attributes, resolved. Making one checks them.
 
-    `block_q`, `block_k`: queries and keys per block. `scale`: factor of the scores. `softcap`: 0 for none. `window`:
-    keys at this distance from the query or further are hidden; 0 for none.
+    `block_q`, `block_k`: queries and keys per block. `scale`: factor of the scores. `softcap`: 0 for none, otherwise a
+    positive normal number of float32 by which the scale can be divided in float32. `window`: keys at this distance from
+    the query or further are hidden; 0 for none.
 
     Raises:
         InputError: an attribute outside the contract.
@@ -53,6 +68,15 @@ class Attributes:
             raise InputError(f"{NAME} needs a scale that is finite and not 0, got {self.scale}")
         if not math.isfinite(self.softcap) or self.softcap < 0.0:
             raise InputError(f"{NAME} needs a softcap that is finite and at least 0 (0 for none), got {self.softcap}")
+        if self.softcap > 0.0 and not SMALLEST <= self.softcap <= LARGEST:
+            raise InputError(
+                f"{NAME} needs a softcap of 0 (none) or a normal float32 number ({SMALLEST:g} to {LARGEST:g}), "
+                f"got {self.softcap:g}"
+            )
+        if self.softcap > 0.0 and abs(self.scale / self.softcap) > LARGEST:
+            raise InputError(
+                f"{NAME} needs a scale / softcap that float32 can hold, got {self.scale:g} / {self.softcap:g}"
+            )
         if self.window < 0:
             raise InputError(f"{NAME} needs a window of at least 0 (0 for none), got {self.window}")
         # A position plus the window must stay in 64 bits.

@@ -58,15 +58,37 @@ class _Rows:
     sees: str | None
 
 
+def fitting(attributes: Attributes, keys: int) -> tuple[int, int]:
+    """block_q and block_k, cut where the masks would pass `MASK_LIMIT`, so that no call with `keys` keys changes.
+
+    A block longer than the sequence is as good as one of any length that holds it; a multiple of the other block's
+    size needs the fewest masks.
+    """
+    if _entries(attributes) <= MASK_LIMIT:
+        return attributes.block_q, attributes.block_k
+    unit = min(attributes.block_q, attributes.block_k, keys)
+    longest = -(-keys // unit) * unit
+    return min(attributes.block_q, longest), min(attributes.block_k, longest)
+
+
+def _entries(attributes: Attributes) -> int:
+    """Entries of all masks."""
+    return attributes.block_q * attributes.block_k * _Distances.of(attributes).count
+
+
 def body(f: Function, attributes: Attributes) -> str:
-    """Append all nodes of the body to `f`; returns the output, in the dtype of q."""
+    """Append all nodes of the body to `f`; returns the output, in the dtype of q.
+
+    Raises:
+        InputError: the masks would have more than `MASK_LIMIT` entries.
+    """
     distances = _Distances.of(attributes)
-    entries = attributes.block_q * attributes.block_k * distances.count
-    if entries > MASK_LIMIT:
+    if _entries(attributes) > MASK_LIMIT:
         raise InputError(
             f"the portable body of {contract.NAME} holds {distances.count} masks of block_q x block_k = "
-            f"{attributes.block_q} x {attributes.block_k}, more than {MASK_LIMIT} entries; choose smaller blocks, or "
-            "sizes with a larger common divisor"
+            f"{attributes.block_q} x {attributes.block_k}, more than {MASK_LIMIT} entries, however short the sequence "
+            "is at run time; choose smaller blocks, sizes with a larger common divisor, or a fixed number of keys, to "
+            "which the exporter cuts longer blocks"
         )
     sizes = _checked(f, attributes)
     return f.op("CastLike", _scan(f, sizes, _rows(f, sizes, distances, attributes), distances, attributes), "q")

@@ -12,7 +12,7 @@ import onnx
 from onnx import helper
 
 from edgekit.custom_ops.block_sparse_attention.contract import NAME, Attributes
-from edgekit.custom_ops.block_sparse_attention.onnx_body import body
+from edgekit.custom_ops.block_sparse_attention.onnx_body import body, fitting
 from edgekit.custom_ops.onnx_function import Function
 from edgekit.errors import ExportError, InputError
 
@@ -57,6 +57,8 @@ def structure(node: onnx.NodeProto) -> Attributes:
     if "scale" not in values:
         raise InputError(f"{NAME} needs the attribute scale (for example head_dim ** -0.5)")
     resolved = DEFAULTS | values
+    if resolved["causal"] not in (0, 1):
+        raise InputError(f"{NAME} takes causal 0 or 1; got {resolved['causal']}")
     return Attributes(
         block_q=resolved["block_q"],
         block_k=resolved["block_k"],
@@ -68,7 +70,10 @@ def structure(node: onnx.NodeProto) -> Attributes:
 
 
 def translation(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The translation of `torch.ops.edgekit.block_sparse_attention`."""
+    """The translation of `torch.ops.edgekit.block_sparse_attention`.
+
+    It resolves the scale, and where the number of keys is fixed, blocks too long for the body become shorter.
+    """
 
     def block_sparse_attention(
         q: Any,
@@ -87,6 +92,10 @@ def translation(op: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(head_dim, int):
                 raise ExportError(f"{NAME} needs a fixed head_dim, or a scale, in ONNX; got q of shape {q.shape}")
             scale = head_dim**-0.5
+        keys = k.shape[2] if k is not None and k.shape is not None and len(k.shape) == 4 else None
+        if isinstance(keys, int) and keys >= 1:
+            attributes = Attributes(block_q, block_k, causal, float(scale), float(softcap), window)
+            block_q, block_k = fitting(attributes, keys)
         return op(
             q,
             k,

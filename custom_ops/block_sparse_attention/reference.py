@@ -37,12 +37,13 @@ def block_sparse_attention(
         block_k: keys per block; the last may be shorter.
         causal: a query sees no key behind its position.
         scale: factor of the scores, finite and not 0; None takes D^-0.5.
-        softcap: c > 0 turns a score s into c tanh(s / c).
+        softcap: c > 0 turns a score s into c tanh(s / c); c is a normal number of float32.
         window: w > 0 hides keys that are w or more positions before the query, or, if not causal, behind it.
 
     Returns:
-        `[B, Hq, N, D]` in the dtype of `q`. A query that may see no key gets zeros. Keys that it may not see have no
-        influence, whatever they hold. float16 and bfloat16 are computed in float32.
+        `[B, Hq, N, D]` in the dtype of `q`. A query that may see no key gets zeros. Where the listed blocks hold only
+        finite numbers, nothing but the keys that a query may see has any influence, whatever other blocks hold; see
+        `contract` for the rest. float16 and bfloat16 are computed in float32.
 
     Raises:
         ShapeError: shapes that do not fit together, or an empty axis.

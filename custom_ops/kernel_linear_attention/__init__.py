@@ -4,7 +4,8 @@ For queries and keys `[B, H, N, D]`, values `[B, H, N, E]` and a feature map phi
 
     o_i = phi(q_i)^T S / (phi(q_i)^T s + eps),    S = mean_j phi(k_j) v_j^T,    s = mean_j phi(k_j)
 
-S and s are means, not sums: their size does not grow with N, so that half precision does not overflow.
+S and s are means: their size does not grow with N, so that half precision copies of this formula do not overflow. In
+float32 a form of the op may add up first and divide then; `contract` says what that asks of the inputs.
 Paper: Katharopoulos et al., "Transformers are RNNs", ICML 2020, arXiv 2006.16236.
 
 `contract` checks arguments without torch; `reference` defines the answer in PyTorch, `eager` computes it faster,

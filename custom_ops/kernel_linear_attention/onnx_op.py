@@ -53,7 +53,12 @@ def structure(node: onnx.NodeProto) -> Structure:
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     if unknown := sorted(values.keys() - set(ATTRIBUTES)):
         raise InputError(f"{NAME} takes the attributes {', '.join(ATTRIBUTES)}; got {', '.join(unknown)}")
-    return Structure(bytes(values.get("feature_map", b"relu")).decode(), float(values.get("eps", 1e-6)))
+    feature_map, eps = values.get("feature_map", b"relu"), values.get("eps", 1e-6)
+    if not isinstance(feature_map, bytes):
+        raise InputError(f"{NAME} needs feature_map as string, got {feature_map!r}")
+    if not isinstance(eps, float):
+        raise InputError(f"{NAME} needs eps as float, got {eps!r}")
+    return Structure(feature_map.decode(errors="replace"), eps)
 
 
 def translation(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +73,10 @@ def translation(op: Callable[..., Any]) -> Callable[..., Any]:
 def function(structure: Structure, opset: int, overload: str = "") -> onnx.FunctionProto:
     """The body for nodes with these attributes: three matrix products in float32.
 
-    The means are taken of sums over the tokens, as `eager` does it. onnxruntime fuses the transposes into the products
-    and folds all that depends on shapes where these are fixed, the guard included.
+    The means are taken of sums over the tokens, as `eager` does it, so `contract`'s bound on these holds here. Dividing
+    k instead would not lift it: where shapes are fixed, onnxruntime makes such a factor one of the whole product.
+    onnxruntime fuses the transposes into the products and folds all that depends on shapes where these are fixed, the
+    guard included.
     """
     f = Function(NAME, NAMES, attributes=ATTRIBUTES, opset=opset, overload=overload)
     zero = _shape_guard(f)
@@ -105,6 +112,6 @@ def _features(f: Function, x: str, feature_map: str, zero: str) -> str:
     """phi(x), where `zero` is a 0 that phi has to read."""
     if feature_map == "relu":
         return f.op("Max", x, zero)
-    if feature_map == "elu1":
-        return f.op("Add", f.op("Elu", x), f.op("Add", zero, f.constant(1.0, np.float32)))
+    if feature_map == "elu1":  # exp(x) up to 0 and x + 1 above; Elu and a sum lose digits and are slower
+        return f.op("Add", f.op("Exp", f.op("Min", x, zero)), f.op("Max", x, zero))
     return f.op("Add", x, zero)

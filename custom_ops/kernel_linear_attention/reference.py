@@ -17,16 +17,20 @@ def kernel_linear_attention(
         q: queries `[B, H, N, D]`, float32, float16, bfloat16 or float64.
         k: keys `[B, H, N, D]`, dtype of `q`.
         v: values `[B, H, N, E]`, dtype of `q`; E may differ from D.
-        feature_map: phi, applied to every entry of `q` and `k`: `relu`, `elu1` (elu(x) + 1) or `identity`.
-        eps: added to the denominator, so that a query whose features are all zero gives zeros; finite, not negative.
+        feature_map: phi, applied to every entry of `q` and `k`: `relu`, `elu1` (x + 1 for x > 0, otherwise
+            exp(x), which is elu(x) + 1) or `identity`.
+        eps: added to the denominator, so that a query whose features are all zero gives zeros; 0 for none, otherwise a
+            positive normal number of float32.
 
     Returns:
         `[B, H, N, E]` in the dtype of `q`. float16 and bfloat16 inputs are computed in float32 and rounded once.
 
+    `contract` says how far sums and features may go.
+
     Raises:
         ShapeError: the three shapes do not fit together, or an axis is empty.
         UnknownNameError: `feature_map` is not one of `FEATURE_MAPS`.
-        InputError: mixed or other dtypes; `eps` is negative or not finite.
+        InputError: mixed or other dtypes; `eps` is negative, not finite, or no normal float32.
     """
     check_arguments(q, k, v, feature_map, eps)
     if q.dtype in (torch.float16, torch.bfloat16):
@@ -45,7 +49,7 @@ def features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     if feature_map == "relu":
         return F.relu(x)
     if feature_map == "elu1":
-        return F.elu(x) + 1
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # elu(x) + 1 would round exp(x) to multiples of 2^-24
     return x
 
 

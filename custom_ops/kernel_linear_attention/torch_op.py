@@ -39,6 +39,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients through the reference, computed again: only q, k and v are kept for them."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise NotImplementedError("kernel_linear_attention has no second derivatives; its reference has them")
     with torch.enable_grad():
         q, k, v = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         output = reference.kernel_linear_attention(q, k, v, ctx.feature_map, ctx.eps)

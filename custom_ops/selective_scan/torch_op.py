@@ -82,6 +82,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise NotImplementedError("selective_scan has no second derivatives; its reference has them")
     tensors = ctx.saved_tensors
     gradients = torch.ops.edgekit.selective_scan_backward(gradient, *tensors, ctx.delta_softplus)
     return *gradients, *([None] * (8 - len(gradients)))

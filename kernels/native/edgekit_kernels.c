@@ -5,6 +5,7 @@
  */
 #include "edgekit_kernels.h"
 
+#include <float.h>
 #include <math.h>
 
 #include "edgekit_kernels_call.h"
@@ -13,11 +14,6 @@
 static int ek_check_dtype(const ek_report* report, int dtype) {
   if (dtype == EDGEKIT_FLOAT32 || dtype == EDGEKIT_FLOAT16) return EDGEKIT_OK;
   return ek_fail(report, EDGEKIT_INVALID, " takes tensors of one dtype out of float32, float16; got %s", ek_dtype_name(dtype));
-}
-
-static int ek_check_flag(const ek_report* report, const char* name, int64_t value) {
-  if (value == 0 || value == 1) return EDGEKIT_OK;
-  return ek_fail(report, EDGEKIT_INVALID, " takes %s 0 or 1; got %lld", name, (long long)value);
 }
 
 static int ek_check_tensors(const ek_job* job) {
@@ -94,9 +90,18 @@ static int ek_bsa_attributes(const ek_report* report, const edgekit_bsa_args* ar
   if (!isfinite(args->softcap) || args->softcap < 0.0F)
     return ek_fail(report, EDGEKIT_INVALID, " needs a softcap that is finite and at least 0 (0 for none), got %g",
                    (double)args->softcap);
+  if (args->softcap > 0.0F && args->softcap < FLT_MIN)
+    return ek_fail(report, EDGEKIT_INVALID,
+                   " needs a softcap of 0 (none) or a normal float32 number (1.17549e-38 to 3.40282e+38), got %g",
+                   (double)args->softcap);
+  if (args->softcap > 0.0F && !isfinite(args->scale / args->softcap)) /* the kernel's factor: 0 times infinity is NaN */
+    return ek_fail(report, EDGEKIT_INVALID, " needs a scale / softcap that float32 can hold, got %g / %g",
+                   (double)args->scale, (double)args->softcap);
   if (args->window < 0)
     return ek_fail(report, EDGEKIT_INVALID, " needs a window of at least 0 (0 for none), got %lld", (long long)args->window);
-  return ek_check_flag(report, "causal", args->causal);
+  if (args->causal != 0 && args->causal != 1)
+    return ek_fail(report, EDGEKIT_INVALID, " needs causal to be 0 or 1, got %lld", (long long)args->causal);
+  return EDGEKIT_OK;
 }
 
 /* The rule that the shapes of q, k, v, block_index break first, or NULL. */
@@ -191,7 +196,7 @@ int edgekit_block_sparse_attention(const edgekit_bsa_args* args, const edgekit_t
   int64_t values[EK_PARAMETERS];
   ek_bsa_values(args, values);
   job.variant = ek_choose(EK_BSA, args->dtype, values);
-  if (job.variant == NULL) return ek_refuse(&report, args->dtype, values);
+  if (job.variant == NULL) return ek_refuse(&report, args->dtype);
   job.most_tasks = args->batch * args->q_heads * rows;
   /* A block longer than its sequence is as good as one of that length, and keeps the kernel's sums in range. */
   const ek_any scalars[] = {ek_float((double)args->scale), ek_float((double)args->softcap), ek_int(args->causal),
@@ -249,6 +254,10 @@ static int ek_kla_attributes(const ek_report* report, const edgekit_kla_args* ar
                    (long long)args->feature_map);
   if (!isfinite(args->eps) || args->eps < 0.0F)
     return ek_fail(report, EDGEKIT_INVALID, " takes a finite eps >= 0; got %g. The usual one is 1e-6", (double)args->eps);
+  if (args->eps > 0.0F && args->eps < FLT_MIN)
+    return ek_fail(report, EDGEKIT_INVALID,
+                   " takes eps 0 or a normal float32 number (1.17549e-38 to 3.40282e+38); got %g. The usual one is 1e-6",
+                   (double)args->eps);
   return EDGEKIT_OK;
 }
 
@@ -287,7 +296,7 @@ int edgekit_kernel_linear_attention(const edgekit_kla_args* args, const edgekit_
   int64_t values[EK_PARAMETERS];
   ek_kla_values(args, values);
   job.variant = ek_choose(EK_KLA, args->dtype, values);
-  if (job.variant == NULL) return ek_refuse(&report, args->dtype, values);
+  if (job.variant == NULL) return ek_refuse(&report, args->dtype);
   job.most_tasks = args->batch * args->heads * args->length;
   return ek_run(&job);
 }
@@ -322,6 +331,11 @@ const char* edgekit_kla_kernel(const edgekit_kla_args* args) {
 
 /* ---- SelectiveScan ---- */
 
+static int ek_scan_attributes(const ek_report* report, const edgekit_scan_args* args) {
+  if (args->delta_softplus == 0 || args->delta_softplus == 1) return EDGEKIT_OK;
+  return ek_fail(report, EDGEKIT_INVALID, " takes delta_softplus 0 or 1; got %lld", (long long)args->delta_softplus);
+}
+
 static void ek_scan_values(const edgekit_scan_args* args, int64_t values[EK_PARAMETERS]) {
   memset(values, 0, EK_PARAMETERS * sizeof values[0]);
   values[EK_BATCH] = args->batch;
@@ -336,7 +350,7 @@ int edgekit_selective_scan(const edgekit_scan_args* args, const edgekit_threads*
   ek_report report = ek_start(EK_SCAN, error, error_size);
   if (args == NULL) return ek_fail(&report, EDGEKIT_INVALID, ": args is NULL");
   int status = ek_check_dtype(&report, args->dtype);
-  if (status == EDGEKIT_OK) status = ek_check_flag(&report, "delta_softplus", args->delta_softplus);
+  if (status == EDGEKIT_OK) status = ek_scan_attributes(&report, args);
   if (status != EDGEKIT_OK) return status;
   const int t = args->dtype;
   const int64_t b = args->batch, c = args->channels, l = args->length, s = args->state;
@@ -361,7 +375,7 @@ int edgekit_selective_scan(const edgekit_scan_args* args, const edgekit_threads*
   int64_t values[EK_PARAMETERS];
   ek_scan_values(args, values);
   job.variant = ek_choose(EK_SCAN, args->dtype, values);
-  if (job.variant == NULL) return ek_refuse(&report, args->dtype, values);
+  if (job.variant == NULL) return ek_refuse(&report, args->dtype);
   job.most_tasks = b * c;
   return ek_run(&job);
 }
@@ -376,6 +390,8 @@ int edgekit_scan_shapes(const edgekit_tensor* u, const edgekit_tensor* delta, co
   int64_t extent[128];
   int status = ek_check_shapes(&report, expected, z != NULL ? 7 : 6, extent);
   if (status != EDGEKIT_OK) return status;
+  /* Everywhere else a NULL z means no gate; a tensor without data must not turn into that. */
+  if (z != NULL && z->data == NULL) return ek_fail(&report, EDGEKIT_INVALID, ": z is NULL");
   args->dtype = u->dtype;
   args->u = u->data, args->delta = delta->data, args->A = A->data, args->B = B->data, args->C = C->data, args->D = D->data;
   args->z = z != NULL ? z->data : NULL;
@@ -385,8 +401,7 @@ int edgekit_scan_shapes(const edgekit_tensor* u, const edgekit_tensor* delta, co
 
 int edgekit_scan_attributes(const edgekit_scan_args* args, char* error, size_t error_size) {
   ek_report report = ek_start(EK_SCAN, error, error_size);
-  return args == NULL ? ek_fail(&report, EDGEKIT_INVALID, ": args is NULL")
-                      : ek_check_flag(&report, "delta_softplus", args->delta_softplus);
+  return args == NULL ? ek_fail(&report, EDGEKIT_INVALID, ": args is NULL") : ek_scan_attributes(&report, args);
 }
 
 const char* edgekit_scan_kernel(const edgekit_scan_args* args) {

@@ -35,7 +35,7 @@ extern "C" {
 enum {
   EDGEKIT_OK = 0,
   EDGEKIT_INVALID = 1,       /* an argument breaks the contract: shape, dtype, index, attribute, NULL */
-  EDGEKIT_UNSUPPORTED = 2,   /* a valid call that no compiled kernel serves (a limit, or a dtype not built) */
+  EDGEKIT_UNSUPPORTED = 2,   /* a valid call of an op or dtype that was not compiled in */
   EDGEKIT_OUT_OF_MEMORY = 3, /* scratch memory could not be had */
   EDGEKIT_INTERNAL = 4       /* a kernel refused what the checks let through: a defect of edgekit */
 };
@@ -94,7 +94,7 @@ typedef struct edgekit_bsa_args {
   int64_t causal; /* 0 or 1 */
   int64_t window; /* 0 = none; else a key must lie less than this many positions from the query */
   float scale;    /* usually 1 / sqrt(head_dim); finite and not 0 */
-  float softcap;  /* 0 = none; else scores become softcap * tanh(score / softcap) */
+  float softcap;  /* 0 = none; else a normal number, and scores become softcap * tanh(score / softcap) */
 } edgekit_bsa_args;
 
 /* Kernel linear attention (not causal): out_i = phi(q_i)^T S / (phi(q_i)^T s + eps), S = mean_j phi(k_j) v_j^T, s = mean_j phi(k_j). */
@@ -106,7 +106,7 @@ typedef struct edgekit_kla_args {
   void* out;     /* [batch, heads, length, value_dim] */
   int64_t batch, heads, length, head_dim, value_dim;
   int64_t feature_map; /* EDGEKIT_RELU, .. */
-  float eps;           /* >= 0 and finite */
+  float eps;           /* 0, or positive, finite and not denormal */
 } edgekit_kla_args;
 
 /* Selective scan: h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t; out_t = (C_t . h_t + D u_t) [* silu(z_t)]. */
@@ -133,7 +133,8 @@ EDGEKIT_API int edgekit_selective_scan(const edgekit_scan_args* args, const edge
                                        size_t error_size);
 
 /* Fill the pointers, dtype and sizes of `args` from tensors, checking ranks, dtypes and that the shapes agree. The
- * attributes are read where the shapes depend on them (block_q, block_k) and otherwise left as they are; so is `out`. */
+ * attributes are read where the shapes depend on them (block_q, block_k) and otherwise left as they are; so is `out`. A z
+ * without data is refused: no gate is no z. */
 EDGEKIT_API int edgekit_bsa_shapes(const edgekit_tensor* q, const edgekit_tensor* k, const edgekit_tensor* v,
                                    const edgekit_tensor* block_index, edgekit_bsa_args* args, char* error,
                                    size_t error_size);

@@ -28,9 +28,6 @@ enum {
   EK_FEATURE_MAP,
   EK_PARAMETERS
 };
-static const char* const ek_parameter_names[EK_PARAMETERS] = {
-    "batch",       "heads",   "kv_heads", "index_heads", "length", "kv_length", "head_dim", "value_dim",      "blocks_per_row",
-    "block_q",     "block_k", "causal",   "window",      "channels", "state",   "gate",     "delta_softplus", "feature_map"};
 
 enum { EK_BSA, EK_KLA, EK_SCAN };
 static const char* const ek_op_names[] = {"BlockSparseAttention", "KernelLinearAttention", "SelectiveScan"};
@@ -42,7 +39,6 @@ static const char* const ek_op_shapes[] = {
 
 typedef struct ek_parameter {
   int name;
-  int at_most; /* 0: the value must equal, 1: it must not exceed */
   int64_t value;
 } ek_parameter;
 
@@ -161,32 +157,15 @@ static const ek_variant* ek_choose(int op, int dtype, const int64_t* values) {
     const ek_variant* variant = &ek_variants[i];
     if (variant->op != op || variant->dtype != dtype) continue;
     int fits = 1;
-    for (int p = 0; p < variant->count && fits; p++) {
-      int64_t value = values[variant->parameters[p].name];
-      fits = variant->parameters[p].at_most ? value <= variant->parameters[p].value : value == variant->parameters[p].value;
-    }
+    for (int p = 0; p < variant->count && fits; p++) fits = values[variant->parameters[p].name] == variant->parameters[p].value;
     if (fits) return variant;
   }
   return NULL;
 }
 
-/* Says what the most general kernel of the op would have taken. */
-static int ek_refuse(const ek_report* report, int dtype, const int64_t* values) {
-  const int op = report->op;
-  const ek_variant* last = NULL;
-  for (int i = 0; i < EK_VARIANTS; i++)
-    if (ek_variants[i].op == op && ek_variants[i].dtype == dtype) last = &ek_variants[i];
-  if (last == NULL)
-    return ek_fail(report, EDGEKIT_UNSUPPORTED, ": no kernel for %s was compiled into this library", ek_dtype_name(dtype));
-  for (int p = 0; p < last->count; p++) {
-    const ek_parameter* limit = &last->parameters[p];
-    int64_t value = values[limit->name];
-    if (limit->at_most ? value > limit->value : value != limit->value)
-      return ek_fail(report, EDGEKIT_UNSUPPORTED, ": the compiled kernels serve %s %s %lld, not %lld",
-                     ek_parameter_names[limit->name], limit->at_most ? "up to" : "=", (long long)limit->value,
-                     (long long)value);
-  }
-  return ek_fail(report, EDGEKIT_UNSUPPORTED, ": no compiled kernel serves this call");
+/* The last kernel of an op and dtype serves every call: where none was chosen, none was compiled. */
+static int ek_refuse(const ek_report* report, int dtype) {
+  return ek_fail(report, EDGEKIT_UNSUPPORTED, ": no kernel for %s was compiled into this library", ek_dtype_name(dtype));
 }
 
 enum { EK_MOST_TENSORS = 8, EK_MOST_SCALARS = 6 };

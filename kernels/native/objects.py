@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 
 from edgekit.errors import InputError, MissingDependencyError, UnknownNameError
 from edgekit.kernels.native.table import Entry
 
-KERNELS = Path(__file__).resolve().parent.parent
-SOURCES = Path(__file__).resolve().parent
+KERNELS = Path(str(resources.files("edgekit.kernels")))
+SOURCES = KERNELS / "native"
 OP_NAMES = ("BlockSparseAttention", "KernelLinearAttention", "SelectiveScan")
 
 
@@ -30,9 +30,23 @@ class OpObject:
 
 
 def cache_root() -> Path:
-    """Where edgekit keeps what it can make again: `$XDG_CACHE_HOME/edgekit`, `~/.cache/edgekit` by default."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
+    """Where edgekit keeps what it can make again: `$XDG_CACHE_HOME/edgekit`, `~/.cache/edgekit` by default.
+
+    Where there is no home folder, a hidden folder of `$EDGEKIT_KERNELS`.
+
+    Raises:
+        InputError: none of these is set.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "edgekit"
+    try:
+        return Path.home() / ".cache" / "edgekit"
+    except RuntimeError as error:
+        if chosen := os.environ.get("EDGEKIT_KERNELS"):
+            return Path(chosen) / ".cache"
+        raise InputError(
+            "there is no home folder to keep compiled kernels in; set EDGEKIT_KERNELS to a folder for them"
+        ) from error
 
 
 def digest(paths: Iterable[Path], *more: str) -> str:
@@ -62,7 +76,7 @@ def op_objects(arch: str, ops: Iterable[str] = OP_NAMES) -> tuple[OpObject, ...]
 
     Raises:
         UnknownNameError: an op or arch that does not exist.
-        InputError: no op.
+        InputError: no op, or no folder for the cache.
         MissingDependencyError: TVM is not installed.
     """
     chosen = set(ops)
@@ -84,13 +98,22 @@ def op_objects(arch: str, ops: Iterable[str] = OP_NAMES) -> tuple[OpObject, ...]
             continue
         path = cache_root() / "objects" / arch / f"{op}-{_fingerprint(op)[:20]}.o"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             with scratch_folder(path.parent) as folder:
                 catalog.compile_object(kernels, target, folder / "kernels.o")
                 (folder / "kernels.o").replace(path)
         entries = tuple(Entry(kernel.op, kernel.dtype, kernel.symbol, tuple(kernel.parameters)) for kernel in kernels)
         objects.append(OpObject(op, path, entries))
     return tuple(objects)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot keep compiled kernels in {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder for them"
+        ) from error
 
 
 def _fingerprint(op: str) -> str:

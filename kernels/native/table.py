@@ -30,7 +30,6 @@ _OPS = {
     "SelectiveScan": ("EK_SCAN", ("batch", "channels", "length", "state", "gate", "delta_softplus")),
 }
 _DTYPES = {"float32": "EDGEKIT_FLOAT32", "float16": "EDGEKIT_FLOAT16"}
-_AT_MOST = "max_"
 _ALIGNMENT = 4
 """Bytes to which the kernels may take every tensor to be aligned; others are copied first."""
 
@@ -43,7 +42,7 @@ class Entry:
     dtype: str
     symbol: str
     parameters: tuple[tuple[str, int], ...]
-    """What it is specialised to. ("head_dim", 64): it serves 64 alone; ("max_head_dim", 256): up to 256."""
+    """What it is specialised to. ("head_dim", 64): it serves 64 alone. Empty: it serves every call."""
 
     def to_json(self) -> dict[str, object]:
         """The entry of kernels.json."""
@@ -80,11 +79,10 @@ def _row(entry: Entry) -> str:
     op, names = _OPS[entry.op]
     parameters = []
     for name, value in entry.parameters:
-        plain = name.removeprefix(_AT_MOST)
-        if plain not in names:
+        if name not in names:
             raise UnknownNameError(f"kernel parameter of {entry.op}", name, names)
-        parameters.append(f"{{EK_{plain.upper()}, {int(name.startswith(_AT_MOST))}, INT64_C({value})}}")
-    body = ", ".join(parameters) or "{0, 0, 0}"
+        parameters.append(f"{{EK_{name.upper()}, INT64_C({value})}}")
+    body = ", ".join(parameters) or "{0, 0}"
     return (
         f'{{{op}, {_DTYPES[entry.dtype]}, {_ALIGNMENT}, "{entry.symbol}", __tvm_ffi_{entry.symbol}, '
         f"{len(parameters)}, {{{body}}}}}"

@@ -29,35 +29,60 @@ class Toolchain:
     machine: str
     cc: tuple[str, ...]
     cxx: tuple[str, ...]
+    cflags: tuple[str, ...] = ()
+    cxxflags: tuple[str, ...] = ()
+    ldflags: tuple[str, ...] = ()
 
     def version(self) -> str:
         """The first line that the C++ compiler says about itself."""
-        return run([*self.cxx, "--version"], "asking the C++ compiler for its version").splitlines()[0]
+        return _version(self.cxx, "C++")
+
+    def c_version(self) -> str:
+        """The first line that the C compiler says about itself."""
+        return _version(self.cc, "C")
 
 
 def find_toolchain(machine: str) -> Toolchain:
     """The compilers for `machine` ("x86_64", "aarch64").
 
     `CC_<machine>` and `CXX_<machine>` decide where they are set. Otherwise, for this computer's own machine, `CC` and
-    `CXX`, else `cc` and `c++`; for another machine, Debian's cross compilers `<machine>-linux-gnu-gcc` and `-g++`.
+    `CXX`, else `cc` and `c++`; for another machine, Debian's cross compilers `<machine>-linux-gnu-gcc` and `-g++`. The
+    flags come from `CFLAGS`, `CXXFLAGS` and `LDFLAGS` by the same rule: those of this computer never reach a cross
+    compiler.
 
     Raises:
-        KernelBuildError: a compiler is not there; the message says how to get it.
+        KernelBuildError: a compiler is not there; the message says how to get it. A variable that no shell would take.
     """
     native = machine == platform.machine()
     found = {}
     for language, own, cross in (("CC", "cc", "gcc"), ("CXX", "c++", "g++")):
         variable = f"{language}_{machine}"
-        text = os.environ.get(variable) or (os.environ.get(language) if native else None)
-        command = shlex.split(text) if text else [own if native else f"{machine}-linux-gnu-{cross}"]
+        command = _words(language, machine) or (own if native else f"{machine}-linux-gnu-{cross}",)
         if shutil.which(command[0]) is None:
             package = "g++" if native else f"g++-{machine.replace('_', '-')}-linux-gnu"
             raise KernelBuildError(
                 f"building kernels for {machine} needs a compiler; {command[0]!r} is not there. Install one "
                 f"(Debian: apt-get install {package}) or set {variable}"
             )
-        found[language] = tuple(command)
-    return Toolchain(machine, found["CC"], found["CXX"])
+        found[language] = command
+    flags = (_words(name, machine) for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS"))
+    return Toolchain(machine, found["CC"], found["CXX"], *flags)
+
+
+def _words(name: str, machine: str) -> tuple[str, ...]:
+    """The words of `<name>_<machine>`, or of `<name>` where that is unset and the machine is this computer's."""
+    for variable in (f"{name}_{machine}", *((name,) if machine == platform.machine() else ())):
+        if text := os.environ.get(variable):
+            try:
+                return tuple(shlex.split(text))
+            except ValueError as error:
+                raise KernelBuildError(f"{variable} is {text!r}, which is no list of words: {error}") from error
+    return ()
+
+
+def _version(compiler: Sequence[str], language: str) -> str:
+    text = run([*compiler, "--version"], f"asking the {language} compiler for its version")
+    return next(iter(text.splitlines()), "unknown")
 
 
 def run(command: Sequence[str], purpose: str, folder: Path | None = None) -> str:

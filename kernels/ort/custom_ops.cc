@@ -137,7 +137,7 @@ int DtypeOf(ONNXTensorElementDataType type) {
 // One run of a node: its inputs as edgekit_tensor, its output, its threads.
 class Run {
  public:
-  explicit Run(OrtKernelContext* context) : context_(context), count_(context_.GetInputCount()) {
+  explicit Run(OrtKernelContext* context) : raw_(context), context_(context), count_(context_.GetInputCount()) {
     shapes_.resize(count_);
     tensors_.resize(count_);
     for (size_t i = 0; i < count_; i++) {
@@ -169,17 +169,21 @@ class Run {
     void* data;
   };
 
-  static void ParallelFor(void* self, void (*run)(void*, int64_t), void* data, int64_t count) {
+  // Not through Ort::KernelContext, which throws: between here and Guarded lie a kernel's frames and its scratch memory. When
+  // onnxruntime fails, the tasks that did not run are counted and become the call's error.
+  static void ParallelFor(void* self, void (*run)(void*, int64_t), void* data, int64_t count) noexcept {
     Task task{run, data};
+    const auto call = [](void* task_data, size_t i) noexcept {
+      const Task* each = static_cast<const Task*>(task_data);
+      each->run(each->data, static_cast<int64_t>(i));
+    };
     // A batch count of 0 lets idle threads take the next part.
-    static_cast<Run*>(self)->context_.ParallelFor(
-        [](void* task_data, size_t i) {
-          const Task* each = static_cast<const Task*>(task_data);
-          each->run(each->data, static_cast<int64_t>(i));
-        },
-        static_cast<size_t>(count), 0, &task);
+    OrtStatusPtr status = Ort::GetApi().KernelContext_ParallelFor(static_cast<const Run*>(self)->raw_, call,
+                                                                  static_cast<size_t>(count), 0, &task);
+    if (status != nullptr) Ort::GetApi().ReleaseStatus(status);
   }
 
+  const OrtKernelContext* raw_;
   Ort::KernelContext context_;
   size_t count_;
   std::vector<std::vector<int64_t>> shapes_;

@@ -6,9 +6,10 @@ the ARMv8-A baseline, whose NEON unit every 64-bit ARM CPU has.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from edgekit.errors import UnknownNameError
+from edgekit.errors import InputError, UnknownNameError
 from edgekit.kernels.tvm.compat import Target
 
 
@@ -26,6 +27,8 @@ class Arch:
     """LLVM's name of the CPU, for -mcpu (x86) or -mcpu/-march (ARM)."""
     mattr: tuple[str, ...]
     """LLVM features on top of `mcpu`."""
+    march: str
+    """The same instruction set as -march of GCC and clang, for the C code around the kernels."""
     features: tuple[str, ...]
     """What the CPU must have, spelled as in the `flags` (x86) or `Features` (ARM) line of /proc/cpuinfo."""
     lanes: int
@@ -53,6 +56,7 @@ ARCHS: dict[str, Arch] = {
             triple="x86_64-linux-gnu",
             mcpu="x86-64-v3",
             mattr=(),
+            march="x86-64-v3",
             features=_V3_FEATURES,
             lanes=8,
             registers=16,
@@ -63,6 +67,7 @@ ARCHS: dict[str, Arch] = {
             triple="x86_64-linux-gnu",
             mcpu="x86-64-v4",
             mattr=("-prefer-256-bit",),  # LLVM tunes this level for CPUs that throttle; the kernels want 512 bits
+            march="x86-64-v4",
             features=(*_V3_FEATURES, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
             lanes=16,
             registers=32,
@@ -73,6 +78,7 @@ ARCHS: dict[str, Arch] = {
             triple="aarch64-linux-gnu",
             mcpu="generic",
             mattr=("+neon",),
+            march="armv8-a",
             features=("asimd", "fp"),
             lanes=4,
             registers=32,
@@ -91,3 +97,23 @@ def get_arch(name: str) -> Arch:
         return ARCHS[name]
     except KeyError:
         raise UnknownNameError("kernel arch", name, ARCHS) from None
+
+
+def best_arch(machine: str, system: str, features: AbstractSet[str]) -> Arch:
+    """The fastest arch that a computer runs: of those that fit, the one that needs most of the processor.
+
+    Args:
+        machine: "x86_64" or "aarch64".
+        system: "linux".
+        features: the processor's, spelled as in /proc/cpuinfo.
+
+    Raises:
+        InputError: none fits.
+    """
+    fitting = [arch for arch in ARCHS.values() if arch.machine == machine and features >= set(arch.features)]
+    if system != "linux" or not fitting:
+        raise InputError(
+            f"name the processor to compile for with --arch: {', '.join(ARCHS)}; this machine ({machine} {system}) is "
+            "none of them"
+        )
+    return max(fitting, key=lambda arch: len(arch.features))

@@ -13,7 +13,7 @@ import pytest
 
 import edgekit
 from edgekit.cli.app import run_command
-from edgekit.kernels import build as builder
+from edgekit.kernels.build import sources_digest
 from edgekit.runtime.__main__ import main as runtime_main
 from edgekit.runtime.bundle import Bundle
 
@@ -91,9 +91,9 @@ def test_build_without_headers_says_how_to_get_them(cli: Cli, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_build_then_list_then_build_again(cli: Cli, built: Path) -> None:
+def test_build_then_list_then_build_again(cli: Cli, built: Path, this_arch: str) -> None:
     assert cli("kernels", "build") == 0, cli.err
-    arch = builder.host_arch()
+    arch = this_arch
     assert f"build kernels: {arch}: compile with TVM" in cli.err
     assert "fits" in cli.out
     assert "next: edgekit inspect BUNDLE" in cli.out
@@ -135,6 +135,45 @@ def test_list_says_what_fits_and_why_not(cli: Cli, built: Path, describe_library
     data = cli.json("kernels", "list")["libraries"]
     assert [each["fits"] for each in data] == [True, False, False]
     assert data[0]["kernels"][0]["parameters"] == {"head_dim": 64, "block_q": 32}
+
+
+def test_list_and_doctor_know_kernels_of_older_sources(cli: Cli, built: Path, describe_library: Describe) -> None:
+    """In a checkout the version stays the same for long: the sources themselves are compared."""
+    describe_library(built / "new")
+    describe_library(built / "old", sources="0" * 64)
+    describe_library(built / "unknown")
+    document = json.loads((built / "unknown" / "kernels.json").read_text())
+    assert document.pop("sources") == sources_digest()
+    (built / "unknown" / "kernels.json").write_text(json.dumps(document))
+    assert cli("kernels", "list") == 0
+    lines = {line.split()[0]: line.rstrip() for line in cli.out.splitlines() if line}
+    assert lines["new"].endswith("fits")
+    for name in ("old", "unknown"):
+        assert "  fits, but older than the sources; build again: edgekit" in lines[name]
+    data = {each["arch"]: each for each in cli.json("kernels", "list")["libraries"]}
+    assert [(each["fits"], each["outdated"]) for each in data.values()] == [(True, False), (True, True), (True, True)]
+    assert cli("doctor", "--json") == 1
+    (check,) = (check for check in json.loads(cli.out)["checks"] if check["name"] == "native kernels")
+    assert (check["status"], check["mend"]) == ("wrong", "edgekit kernels build")
+    assert check["found"] == f"old, unknown in {built}: older than the sources"
+
+
+def test_without_a_home(cli: Cli, make_custom_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("EDGEKIT_KERNELS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    for command in ("build", "list"):
+        assert cli("kernels", command) == 2
+        assert "set EDGEKIT_KERNELS to a folder" in cli.err
+    assert cli("inspect", make_custom_bundle().path) == 0
+    assert "portable function body" in cli.out
+    assert "set EDGEKIT_KERNELS to a folder" in cli.out
+    checks = {check["name"]: check for check in cli.json("doctor")["checks"]}
+    assert checks["native kernels"]["status"] == "missing"
+    assert checks["native kernels"]["mend"] == "EDGEKIT_KERNELS=FOLDER edgekit kernels build"
 
 
 # The kernels of a bundle

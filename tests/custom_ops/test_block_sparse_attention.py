@@ -304,6 +304,13 @@ WRONG_ATTRIBUTES = {
     "scale-inf": ({"scale": float("inf")}, "scale that is finite and not 0, got inf"),
     "softcap-below-0": ({"softcap": -1.0}, "softcap that is finite and at least 0 .* got -1.0"),
     "softcap-nan": ({"softcap": float("nan")}, "softcap"),
+    "softcap-denormal": (
+        {"softcap": 1e-40},
+        r"softcap of 0 \(none\) or a normal float32 number \(1.17549e-38 to 3.40282e\+38\), got 1e-40",
+    ),
+    "softcap-0-in-float32": ({"softcap": 1e-50}, "softcap of 0 .* got 1e-50"),
+    "softcap-infinite-in-float32": ({"softcap": 4e38}, r"softcap of 0 .* got 4e\+38"),
+    "scale-over-softcap": ({"scale": -8.0, "softcap": 2e-38}, "scale / softcap that float32 can hold, got -8 / 2e-38"),
     "window-below-0": ({"window": -1}, "window of at least 0 .* got -1"),
     "block-q-0": ({"block_q": 0}, "block_q of at least 1, got 0"),
     "block-k-below-0": ({"block_k": -3}, "block_k of at least 1, got -3"),
@@ -316,6 +323,16 @@ def test_wrong_attributes(function, options, message):
     case = Case(n=33)
     with pytest.raises(InputError, match=message):
         function(*case.tensors(), **(case.attributes() | options))
+
+
+@pytest.mark.parametrize("function", [op, reference], ids=["op", "reference"])
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e-30], ids=["smallest", "1e-30"])
+def test_a_tiny_softcap_makes_all_keys_equal(function, softcap):
+    q, k, v, index = Case(n=1, m=16, listed=1).tensors(torch.float32)
+    index[:] = 0
+    q[:, :1] = 0
+    got = function(q, k, v, index, 16, 16, softcap=softcap)
+    torch.testing.assert_close(got, v.mean(2, keepdim=True))
 
 
 @pytest.mark.parametrize("function", [op, reference], ids=["op", "reference"])

@@ -4,6 +4,7 @@ reference): values, dtypes, opsets, what must not leak, and what it says of bad 
 from __future__ import annotations
 
 import re
+import types
 from typing import Any
 
 import numpy as np
@@ -333,8 +334,11 @@ def test_block_index_out_of_range(index):
         ({"window": -1}, "window"),
         ({"block_q": 0}, "block_q of at least 1, got 0"),
         ({"block_k": 16.0}, "block_k as int, got 16.0"),
+        ({"causal": 2}, "takes causal 0 or 1; got 2"),
+        ({"causal": -1}, "takes causal 0 or 1; got -1"),
+        ({"softcap": 1e-40}, "softcap of 0 .* or a normal float32 number"),
         ({"is_causal": 1}, "takes the attributes scale, block_q, .*; got is_causal"),
-        ({"block_q": 1 << 14, "block_k": 1 << 14}, "more than 67108864 entries; choose smaller blocks"),
+        ({"block_q": 1 << 14, "block_k": 1 << 14}, "more than 67108864 entries, however short .* choose"),
     ],
     ids=lambda value: str(value).replace(" ", "") if isinstance(value, dict) else "",
 )
@@ -394,6 +398,49 @@ def test_torch_export_and_torch_onnx():
     other = draw(n=65, m=101, batch=1, seed=1)
     (got,) = run(model, other)
     expected = expect(other, {"block_q": 16, "block_k": 16, "scale": 8**-0.5, "window": 40})
+    assert relative_l2(got, expected) <= tolerance("BlockSparseAttention", "float32", "portable")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "keys", "expected"),
+    [
+        ((64, 64), 40, (64, 64)),
+        ((1 << 20, 1 << 20), 40, (40, 40)),
+        ((1 << 26, 16), 40, (48, 16)),
+        ((24, 1 << 26), 40, (24, 48)),
+        ((1 << 26, 1 << 26), None, (1 << 26, 1 << 26)),
+    ],
+    ids=["small", "both", "queries", "keys", "symbolic"],
+)
+def test_blocks_that_no_body_can_hold_are_cut_to_a_fixed_length(blocks, keys, expected):
+    """As the native kernels do: a block longer than the sequence is as good as one of that length."""
+    shape = types.SimpleNamespace(shape=(1, 2, "M" if keys is None else keys, 8))
+    translate = onnx_op.translation(lambda *_, **attributes: attributes)
+    attributes = translate(shape, shape, shape, None, *blocks)
+    assert (attributes["block_q"], attributes["block_k"]) == expected
+
+
+def test_long_blocks_over_a_short_fixed_sequence():
+    class Long(torch.nn.Module):
+        def forward(self, q, k, v, block_index):
+            return torch.ops.edgekit.block_sparse_attention(q, k, v, block_index, 1 << 20, 16, window=9)
+
+    feed = draw(n=40, m=50, blocks=(1 << 20, 16))
+    key, translate = SPEC.translation()
+    with quiet():
+        program = torch.onnx.export(
+            Long().eval(),
+            tuple(torch.from_numpy(feed[name]) for name in INPUTS),
+            input_names=list(INPUTS),
+            custom_translation_table={key: translate},
+            opset_version=20,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    model.functions.extend(SPEC.functions(20, model.graph.node))
+    (got,) = run(model, feed)
+    expected = expect(feed, {"block_q": 1 << 20, "block_k": 16, "scale": 8**-0.5, "window": 9})
     assert relative_l2(got, expected) <= tolerance("BlockSparseAttention", "float32", "portable")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import edgekit.custom_ops
 from edgekit.custom_ops.kernel_linear_attention import FEATURE_MAPS, kernel_linear_attention
 from edgekit.custom_ops.kernel_linear_attention.eager import kernel_linear_attention as eager
+from edgekit.custom_ops.kernel_linear_attention.reference import features
 from edgekit.custom_ops.tolerances import relative_l2, tolerance
 from edgekit.errors import InputError, ShapeError, UnknownNameError
 
@@ -24,7 +26,12 @@ operator = torch.ops.edgekit.kernel_linear_attention
 # The same checks for what defines the answer, what computes it, and what a model calls.
 FORMS = pytest.mark.parametrize("form", [kernel_linear_attention, eager, operator], ids=["reference", "eager", "op"])
 
-PHI = {"relu": F.relu, "elu1": lambda x: F.elu(x) + 1, "identity": lambda x: x}
+PHI = {
+    "relu": F.relu,
+    "elu1": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),
+    "identity": lambda x: x,
+}
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def draw(tokens, d=5, e=3, batch=2, heads=3, dtype=torch.float64, scale=1.0):
@@ -64,6 +71,29 @@ def test_a_query_without_features_gives_zeros():
     q[:, :, 2] = -1
     got = kernel_linear_attention(q, k, v, "relu")
     assert torch.equal(got[:, :, 2], torch.zeros(2, 3, 3, dtype=torch.float64))
+
+
+@FORMS
+@pytest.mark.parametrize(("x", "eps"), [(-15.0, 1e-9), (-20.0, 0.0), (-40.0, 0.0), (-1e-4, 0.0)], ids=str)
+def test_elu1_of_negative_numbers_keeps_its_digits(form, x, eps):
+    """elu(x) + 1 would lose them: it is a multiple of 2^-24."""
+    q, k, v = (torch.full((1, 1, 4, 8), value) for value in (x, x, 1.5))
+    weight = 8 * torch.tensor(x, dtype=torch.float64).exp().square()
+    torch.testing.assert_close(form(q, k, v, "elu1", eps), (1.5 * weight / (weight + eps)).float().expand(1, 1, 4, 8))
+
+
+def test_the_gradient_of_elu1_is_its_derivative_on_both_sides_and_at_zero():
+    x = torch.tensor([-30.0, -2.0, 0.0, 0.5, torch.inf, -torch.inf], requires_grad=True)
+    (slope,) = torch.autograd.grad(features(x, "elu1").sum(), x)
+    torch.testing.assert_close(slope, torch.tensor([-30.0, -2.0, 0.0, 0.0, 0.0, -torch.inf]).exp())
+
+
+@FORMS
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_the_smallest_eps_still_gives_zeros_without_features(form, feature_map):
+    k, v = (torch.ones(1, 1, 4, 8) for _ in "kv")
+    q = torch.full_like(k, -torch.inf if feature_map == "elu1" else 0.0)
+    assert torch.equal(form(q, k, v, feature_map, SMALLEST), torch.zeros_like(v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -197,6 +227,14 @@ def test_eps_outside_the_contract(form, eps):
 
 
 @FORMS
+@pytest.mark.parametrize("eps", [1e-39, 1e-50, SMALLEST * 0.999, 3.5e38], ids=str)
+def test_eps_that_float32_does_not_hold(form, eps):
+    text = rf"takes eps 0 or a normal float32 number \(1.17549e-38 to 3.40282e\+38\); got {re.escape(f'{eps:g}')}\."
+    with pytest.raises(InputError, match=text):
+        form(*draw(7), eps=eps)
+
+
+@FORMS
 def test_mixed_and_other_dtypes(form):
     q, k, v = draw(7)
     with pytest.raises(InputError, match=r"one dtype out of .*; got q float64, k float32, v float64"):
@@ -231,3 +269,16 @@ def test_the_contract_needs_no_torch():
         "import sys; from edgekit.custom_ops.kernel_linear_attention import contract; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiled_training_gives_the_same_gradients():
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def loss(x):
+        y = x @ weight
+        return torch.ops.edgekit.kernel_linear_attention(y, y, y).square().sum()
+
+    x = torch.randn(1, 2, 7, 8)
+    expected = torch.autograd.grad(loss(x), weight)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), weight)[0], expected)

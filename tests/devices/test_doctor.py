@@ -96,6 +96,23 @@ def test_kernel_libraries(tmp_path: Path, describe_library: Callable[..., None])
     assert found(tmp_path).found == f"new in {tmp_path} (1 more for others)"
 
 
+def test_kernels_of_other_sources_are_wrong(tmp_path: Path, describe_library: Callable[..., None]) -> None:
+    describe_library(tmp_path / "a", sources="1")
+    describe_library(tmp_path / "b", sources="2")
+    libraries, host = find_libraries(tmp_path), this_host()
+    check = check_kernels(tmp_path, libraries, host, sources="1")
+    assert (check.status, check.mend) == ("wrong", "edgekit kernels build")
+    assert check.found == f"b in {tmp_path}: older than the sources"
+    assert check_kernels(tmp_path, libraries, host).status == "ok"
+
+
+def test_a_better_check_of_the_kernels_stands_in_place_of_ours() -> None:
+    better = Check("native kernels", "kernels", "ok", "here", "", "running", None)
+    checks = doctor.diagnose([better]).checks
+    assert [check for check in checks if check.name == "native kernels"] == [better]
+    assert "native kernels" in {check.name for check in doctor.diagnose().checks}
+
+
 def test_further_checks_are_shown() -> None:
     tool = Check("compiler", "kernels", "missing", "not found", "", "building", "apt-get install g++")
     diagnosis = doctor.diagnose([tool])

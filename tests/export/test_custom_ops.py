@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit.errors import ShapeError
+import edgekit.custom_ops
+from edgekit.errors import ExportError, ShapeError, UnknownNameError
 from edgekit.export.layers import compare_layers
 from edgekit.export.source import load_model
 from edgekit.runtime.manifest import CustomOp
@@ -176,3 +177,57 @@ def test_shapes_outside_the_contract_are_told_before_export(export):
 
     with pytest.raises(ShapeError, match=r"KernelLinearAttention takes q and k .* got q \[1, 2, 7, 4\], k"):
         export(Wrong(), ["q:1x2x7x4", "v:1x2x8x4"])
+
+
+class Branching(nn.Module):
+    """Linear attention in either branch of a condition."""
+
+    def forward(self, x):
+        def attend(feature_map):
+            def branch(y):
+                return torch.ops.edgekit.kernel_linear_attention(y, y, y, feature_map, 1e-3)
+
+            return branch
+
+        return torch.cond(x.sum() > 0, attend("relu"), attend("elu1"), (x,))
+
+
+def test_ops_in_branches(tmp_path):
+    bundle = edgekit.export(Branching(), "onnx", tmp_path, shapes=["x:1x2x37x8"])
+    assert bundle.manifest.custom_ops == (CustomOp("edgekit", "KernelLinearAttention", 1, 2, KERNELS),)
+    session = edgekit.load(bundle, kernels="portable")
+    for sign in (1.0, -1.0):
+        x = sign * torch.rand(1, 2, 37, 8)
+        expected = Branching()(x).numpy()
+        np.testing.assert_allclose(session.run({"x": x.numpy()})["output"], expected, rtol=1e-5, atol=1e-6)
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        x = x.double()
+        return torch.ops.edgekit.kernel_linear_attention(x, x, x, "relu", 1e-3).float()
+
+
+def test_a_dtype_that_the_ops_lack_is_told_before_export(tmp_path):
+    with pytest.raises(ExportError, match=r"kernel_linear_attention in float64; .*\.float\(\)"):
+        edgekit.export(Double(), "onnx", tmp_path, shapes=["x:1x2x7x8"])
+
+
+def test_an_unknown_arch_is_told_before_any_work(tmp_path):
+    steps = []
+    with pytest.raises(UnknownNameError, match="mips"):
+        edgekit.export(Attending(), "onnx", tmp_path, shapes=["image:1x3x4x4"], kernels=["mips"], progress=steps.append)
+    assert not steps
+
+
+@pytest.mark.parametrize("op", ["kernel_linear_attention", "selective_scan"])
+def test_second_derivatives_are_refused(op):
+    edgekit.custom_ops.register()
+    x = torch.rand(1, 2, 7, 8, requires_grad=True)
+    if op == "kernel_linear_attention":
+        y = torch.ops.edgekit.kernel_linear_attention(x, x, x)
+    else:
+        u = x[0]
+        y = torch.ops.edgekit.selective_scan(u, u, -torch.ones(7, 2), u[:, :2], u[:, :2], torch.ones(7))
+    with pytest.raises(NotImplementedError, match=f"{op} has no second derivatives"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

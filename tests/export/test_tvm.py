@@ -43,34 +43,6 @@ class Mixer(nn.Module):
         return self.head(y.mT.flatten(1, 2).mean(-1) + x.mean((2, 3)))
 
 
-class Sparse(nn.Module):
-    """Block-sparse attention whose blocks are an input: whatever a caller puts there reaches the library."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        custom_ops.register()
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        return torch.ops.edgekit.block_sparse_attention(q, k, v, blocks, 16, 16, True, None, 0.0, 0)
-
-
-class Scan(nn.Module):
-    def __init__(self, gated: bool) -> None:
-        super().__init__()
-        custom_ops.register()
-        self.gated = gated
-        self.a = nn.Parameter(-torch.rand(6, 4) - 0.1)
-        self.b = nn.Parameter(torch.randn(1, 4, 9))
-        self.d = nn.Parameter(torch.randn(6))
-
-    def forward(self, u: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        gate = u * 0.5 if self.gated else None
-        return torch.ops.edgekit.selective_scan(u, delta, self.a, self.b, self.b, self.d, gate, True)
-
-
-SPARSE_SHAPES = ["q:1x2x40x16", "k:1x2x40x16", "v:1x2x40x16", "blocks:1x1x3x2@int32"]
-
-
 @pytest.fixture(scope="module")
 def mixer(tmp_path_factory):
     torch.manual_seed(0)
@@ -114,25 +86,6 @@ class TestOps:
     def test_feature_maps(self, tmp_path, feature_map):
         bundle = edgekit.export(Mixer(feature_map).eval(), "tvm", tmp_path, shapes="image:1x3x10x10", kernels=[])
         assert bundle.manifest.verification["checked"] is True
-
-    @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-    def test_selective_scan(self, tmp_path, gated):
-        shapes = ["u:1x6x9", "delta:1x6x9"]
-        bundle = edgekit.export(Scan(gated).eval(), "tvm", tmp_path, shapes=shapes, kernels=[])
-        assert bundle.manifest.verification["checked"] is True
-
-    def test_block_indices_are_checked(self, tmp_path):
-        bundle = edgekit.export(Sparse().eval(), "tvm", tmp_path, shapes=SPARSE_SHAPES, kernels=[])
-        session = edgekit.load(bundle, backend="tvm", threads=1)
-        inputs = session.random_inputs()
-        good = session.run(inputs)
-        for wrong in (3, 99, -2, -(2**31), 2**31 - 1):
-            with pytest.raises(InputError, match="block index is out of range"):
-                session.run(inputs | {"blocks": np.full((1, 1, 3, 2), wrong, np.int32)})
-        none = session.run(inputs | {"blocks": np.full((1, 1, 3, 2), -1, np.int32)})
-        assert not next(iter(none.values())).any()
-        again = session.run(inputs)
-        np.testing.assert_array_equal(next(iter(again.values())), next(iter(good.values())))
 
 
 class TestShapes:

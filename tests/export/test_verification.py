@@ -9,7 +9,8 @@ from torch import nn
 
 import edgekit
 from edgekit.errors import ExportError, InputError, NothingToCompareError, WeightsError
-from edgekit.export.verification import fresh_inputs
+from edgekit.export.verification import _fresh_size, fresh_inputs
+from edgekit.runtime.manifest import DimRange
 from edgekit.runtime.session import load
 
 
@@ -132,6 +133,12 @@ class TestFreshInputs:
         assert [item["x"].shape[0] for item in drawn] == [1, 2, 3, 1, 2]
         stored = [inputs["x"] for inputs, _ in linear[1].samples()]
         assert not any(np.array_equal(item["x"], known) for item in drawn for known in stored)
+
+    def test_long_ranges_are_not_only_multiples_of_a_block(self):
+        sizes = [_fresh_size(DimRange(512, 16384), index) for index in range(4)]
+        assert sizes[0] == 512
+        assert all(size % 16 for size in sizes[1:])
+        assert all(512 <= size <= 1600 for size in sizes)
 
     def test_are_the_same_every_time(self, linear):
         session = load(linear[1])

@@ -10,6 +10,7 @@ import fcntl
 import os
 import platform
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 
 from edgekit.errors import EdgekitError
-from edgekit.kernels.build import BuiltLibrary, build, host_arch
+from edgekit.kernels.build import BuiltLibrary, build
 from edgekit.kernels.native.objects import SOURCES, digest, op_objects
 from edgekit.kernels.native.toolchain import KernelBuildError, find_toolchain, run
 from edgekit.kernels.static import write_static
@@ -192,9 +193,9 @@ def built(arch: str) -> BuiltLibrary:
 
 
 @pytest.fixture(scope="session")
-def built_library() -> BuiltLibrary:
+def built_library(this_arch: str) -> BuiltLibrary:
     """The library for this machine."""
-    return built(host_arch())
+    return built(this_arch)
 
 
 @pytest.fixture(scope="session")
@@ -206,17 +207,17 @@ def shared_driver(built_library: BuiltLibrary) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="session")
-def static_driver() -> Iterator[Driver]:
+def static_driver(this_arch: str) -> Iterator[Driver]:
     """Runs cases through the statically linked kernels, whose scratch memory is poisoned and guarded."""
-    driver = Driver([str(build_driver("static", host_arch()))])
+    driver = Driver([str(build_driver("static", this_arch))])
     yield driver
     driver.close()
 
 
 @pytest.fixture(scope="session")
-def x86_64_v3_driver() -> Iterator[Driver]:
+def x86_64_v3_driver(this_arch: str) -> Iterator[Driver]:
     """The static driver with the kernels of the lower x86-64 level."""
-    if host_arch() != "x86-64-v4":
+    if this_arch != "x86-64-v4":
         pytest.skip("this CPU runs one arch of the kernels only")
     driver = Driver([str(build_driver("static", "x86-64-v3"))])
     yield driver
@@ -255,29 +256,39 @@ def aarch64_driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="session")
-def sanitized_driver() -> Iterator[Driver]:
+def sanitized_driver(this_arch: str) -> Iterator[Driver]:
     """The static driver with its C code under AddressSanitizer and UndefinedBehaviorSanitizer."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
     options = {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    driver = Driver([str(build_driver("sanitized", host_arch(), *flags))], options)
+    try:
+        executable = build_driver("sanitized", this_arch, *flags)
+    except KernelBuildError as error:
+        if "asan" not in str(error) and "ubsan" not in str(error):
+            raise
+        missing_tool(f"the compiler has no sanitizers: {error}")
+    driver = Driver([str(executable)], options)
     yield driver
     driver.close()
 
 
 @pytest.fixture(scope="session")
-def sanitized_kernels_driver() -> Iterator[Driver]:
+def sanitized_kernels_driver(this_arch: str) -> Iterator[Driver]:
     """As `sanitized_driver`, with the kernels instrumented too: TVM's IR through the clang that $EDGEKIT_CLANG names.
 
     It must be of the LLVM version that TVM has (22 for TVM 0.27), for example "python -m ziglang clang".
     """
-    clang = os.environ.get("EDGEKIT_CLANG", "").split()
+    clang = shlex.split(os.environ.get("EDGEKIT_CLANG", ""))
     if not clang:
         pytest.skip("EDGEKIT_CLANG is not set to a clang of TVM's LLVM version")
+    try:
+        run([*clang, "--version"], "asking clang for its version")
+    except KernelBuildError as error:
+        missing_tool(f"EDGEKIT_CLANG is set to no compiler: {error}")
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-DKERNELS_TOO")
     with exclusively():
-        objects = [_instrumented(op, host_arch(), clang) for op in OPS]
+        objects = [_instrumented(op, this_arch, clang) for op in OPS]
     driver = Driver(
-        [str(build_driver("instrumented", host_arch(), *flags, objects=objects))], {"ASAN_OPTIONS": "abort_on_error=1"}
+        [str(build_driver("instrumented", this_arch, *flags, objects=objects))], {"ASAN_OPTIONS": "abort_on_error=1"}
     )
     yield driver
     driver.close()
@@ -478,6 +489,8 @@ def _parities() -> list[Parity]:
     kla("n257_d128_e32_elu1", 1, 2, 257, 128, 32, feature_map="elu1")
     kla("n100_d31_e33_identity", 1, 1, 100, 31, 33, feature_map="identity", eps=0.0)
     kla("n70_d256_e256", 1, 1, 70, 256, 256)
+    kla("n65_d16_elu1_without_eps", 1, 2, 65, 16, 16, feature_map="elu1", eps=0.0)
+    kla("n65_smallest_eps", 1, 2, 65, 20, 12, eps=2.0**-126)
     kla("d16_e1", 3, 1, 40, 16, 1, eps=0.5)
 
     def scan(name: str, *sizes: int, **options: Any) -> None:  # batch C L S

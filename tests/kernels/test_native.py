@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -140,10 +141,25 @@ BAD_ATTRIBUTES = {
         {"softcap": float("nan")},
         "needs a softcap that is finite and at least 0 (0 for none), got nan",
     ),
+    "softcap_denormal": (
+        BSA,
+        {"softcap": 2.0**-130},
+        "needs a softcap of 0 (none) or a normal float32 number (1.17549e-38 to 3.40282e+38), got 7.34684e-40",
+    ),
+    "scale_over_softcap": (
+        BSA,
+        {"scale": 2.0**100, "softcap": 2.0**-100},
+        "needs a scale / softcap that float32 can hold, got 1.26765e+30 / 7.88861e-31",
+    ),
     "window_negative": (BSA, {"window": -3}, "needs a window of at least 0 (0 for none), got -3"),
     "block_q_zero": (BSA, {"block_q": 0}, "needs block_q of at least 1, got 0"),
     "block_k_negative": (BSA, {"block_k": -16}, "needs block_k of at least 1, got -16"),
     "eps_negative": (KLA, {"eps": -0.5}, "takes a finite eps >= 0; got -0.5. The usual one is 1e-6"),
+    "eps_denormal": (
+        KLA,
+        {"eps": 2.0**-130},
+        "takes eps 0 or a normal float32 number (1.17549e-38 to 3.40282e+38); got 7.34684e-40. The usual one is 1e-6",
+    ),
     "eps_nan": (KLA, {"eps": float("nan")}, "takes a finite eps >= 0; got nan. The usual one is 1e-6"),
 }
 
@@ -246,6 +262,9 @@ def test_other_dtypes_are_refused(shared_driver: Any, make_case: Any, op: str, c
 
 
 def test_other_flags_are_refused(shared_driver: Any, make_case: Any) -> None:
+    case = small(make_case, BSA)
+    answer = shared_driver(dataclasses.replace(case, ints=[*case.ints[:10], 2, 0]))
+    assert (answer.code, answer.message) == (INVALID, "BlockSparseAttention needs causal to be 0 or 1, got 2")
     case = small(make_case, SCAN)
     answer = shared_driver(dataclasses.replace(case, ints=[*case.ints[:4], 2]))
     assert (answer.code, answer.message) == (INVALID, "SelectiveScan takes delta_softplus 0 or 1; got 2")
@@ -253,3 +272,87 @@ def test_other_flags_are_refused(shared_driver: Any, make_case: Any) -> None:
     answer = shared_driver(dataclasses.replace(case, ints=[*case.ints[:5], 3]))
     assert answer.code == INVALID
     assert "takes feature_map 0 (relu), 1 (elu1) or 2 (identity); got 3" in answer.message
+
+
+# ---- what frameworks and programs ask before a call ----
+
+
+def c_struct(pointers: str, sizes: str, floats: str = "") -> type[ctypes.Structure]:
+    """An args struct of edgekit_kernels.h: the dtype, pointers, int64s, floats."""
+    fields: list[tuple[str, Any]] = [("dtype", ctypes.c_int)]
+    fields += [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int64) for name in sizes.split()]
+    fields += [(name, ctypes.c_float) for name in floats.split()]
+    return type("Args", (ctypes.Structure,), {"_fields_": fields})
+
+
+ARGS = {
+    BSA: (
+        "edgekit_bsa_kernel",
+        c_struct(
+            "q k v block_index out",
+            "batch heads kv_heads index_heads length kv_length head_dim blocks_per_row block_q block_k causal window",
+            "scale softcap",
+        ),
+    ),
+    KLA: (
+        "edgekit_kla_kernel",
+        c_struct("q k v out", "batch heads length head_dim value_dim feature_map", "eps"),
+    ),
+    SCAN: (
+        "edgekit_scan_kernel",
+        c_struct("u delta A B C D z out", "batch channels length state delta_softplus"),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", [BSA, KLA, SCAN])
+def test_the_kernel_that_would_serve_a_call_is_named(built_library: Any, op: str) -> None:
+    name, args = ARGS[op]
+    function = getattr(ctypes.CDLL(str(built_library.library)), name)
+    function.restype = ctypes.c_char_p
+
+    def kernel(dtype: int, **sizes: int) -> str | None:
+        others = {field: 7 for field, kind in args._fields_ if kind is ctypes.c_int64}
+        found = function(ctypes.byref(args(dtype=dtype, **(others | sizes))))
+        return None if found is None else found.decode()
+
+    mine = [entry for entry in built_library.kernels if entry.op == op]
+    assert mine
+    for entry in mine:
+        assert kernel(("float32", "float16").index(entry.dtype), **dict(entry.parameters)) == entry.symbol
+    assert kernel(2) is None
+    assert function(None) is None
+
+
+class Tensor(ctypes.Structure):
+    """`edgekit_tensor`."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "code", "text"),
+    [("none", 0, ""), ("given", 0, ""), ("without_data", INVALID, "SelectiveScan: z is NULL")],
+    ids=["none", "given", "without_data"],
+)
+def test_a_gate_without_data_is_not_no_gate(built_library: Any, gate: str, code: int, text: str) -> None:
+    arrays = scan_arrays()
+    tensors = [
+        Tensor(array.ctypes.data, 0, array.ndim, (ctypes.c_int64 * array.ndim)(*array.shape)) for array in arrays
+    ]
+    if gate == "without_data":
+        tensors[6].data = None
+    views = [None if gate == "none" and i == 6 else ctypes.byref(tensor) for i, tensor in enumerate(tensors)]
+    args, error = ARGS[SCAN][1](), ctypes.create_string_buffer(200)
+    shapes = ctypes.CDLL(str(built_library.library)).edgekit_scan_shapes
+    assert shapes(*views, ctypes.byref(args), error, ctypes.c_size_t(len(error))) == code
+    assert error.value.decode() == text
+    if code == 0:
+        assert args.z == (None if gate == "none" else arrays[6].ctypes.data)
+        assert (args.batch, args.channels, args.length, args.state) == (1, 3, 20, 4)

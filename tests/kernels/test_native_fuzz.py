@@ -177,6 +177,18 @@ def test_with_guarded_scratch_memory(static_driver: Any, make_case: Any, op_refe
     run()
 
 
+@pytest.mark.parametrize("op", FUZZ)
+def test_briefly_under_address_sanitizer(sanitized_driver: Any, make_case: Any, op_reference: Any, op: str) -> None:
+    """The C layer under AddressSanitizer and UndefinedBehaviorSanitizer, the same few examples in every run."""
+
+    @quick
+    @given(st.data())
+    def run(data: Any) -> None:
+        FUZZ[op](data, sanitized_driver, make_case, op_reference)
+
+    run()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", FUZZ)
 def test_under_address_sanitizer(sanitized_driver: Any, make_case: Any, op_reference: Any, op: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ from onnx import TensorProto, helper
 
 from edgekit.custom_ops.registry import functions
 from edgekit.custom_ops.tolerances import relative_l2, tolerance
+from edgekit.kernels.headers import find_headers
+from edgekit.kernels.native.toolchain import find_toolchain, run
 
 BSA, KLA, SCAN = "BlockSparseAttention", "KernelLinearAttention", "SelectiveScan"
 INPUTS = {
@@ -136,10 +140,11 @@ def test_shapes_are_inferred_before_any_run(built_library: Any) -> None:
     assert session(kla, built_library.library).get_outputs()[0].shape == ["b", 2, "n", 5]
     bsa = model_bytes(BSA, shapes=[["b", 2, "n", 8]] * 3 + [["b", 1, "r", "x"]], body=False)
     assert session(bsa, built_library.library).get_outputs()[0].shape == ["b", 2, "n", 8]
-    half = model_bytes(
-        SCAN, shapes=[["b", 3, "l"]] * 2 + [[3, 4]] + [["b", 4, "l"]] * 2 + [[3], ["b", 3, "l"]], body=False
-    )
-    assert session(half, built_library.library).get_outputs()[0].shape == ["b", 3, "l"]
+    shapes = [["b", 3, "l"]] * 2 + [[3, 4]] + [["b", 4, "l"]] * 2 + [[3], ["b", 3, "l"]]
+    (half,) = session(
+        model_bytes(SCAN, dtype=TensorProto.FLOAT16, shapes=shapes, body=False), built_library.library
+    ).get_outputs()
+    assert (half.shape, half.type) == (["b", 3, "l"], "tensor(float16)")
 
 
 # ---- errors ----
@@ -161,7 +166,7 @@ BAD_NODES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"scale": 1.0, "window": [1, 2]},
         "takes an integer as attribute window; the node has integers",
     ),
-    "causal_two": (BSA, {"scale": 1.0, "causal": 2}, "takes causal 0 or 1; got 2"),
+    "causal_two": (BSA, {"scale": 1.0, "causal": 2}, "BlockSparseAttention needs causal to be 0 or 1, got 2"),
     "feature_map_unknown": (KLA, {"feature_map": "gelu"}, "unknown feature map 'gelu'; known: elu1, identity, relu"),
     "feature_map_a_number": (
         KLA,
@@ -246,6 +251,54 @@ def test_a_dtype_without_kernel_is_an_error_not_a_crash(built_library: Any, op: 
 def test_int64_indices_are_an_error(built_library: Any) -> None:
     with pytest.raises(Exception, match=r"block_index|int64"):
         session(model_bytes(BSA, index_dtype=TensorProto.INT64, body=False), built_library.library)
+
+
+# An onnxruntime whose ParallelFor fails once: registers the library next to it with a copy of the API.
+NO_THREADS = """
+#include <dlfcn.h>
+#include <stddef.h>
+#include "onnxruntime_c_api.h"
+static OrtApi api;
+static const OrtApi* real;
+static OrtApiBase base;
+static int failed;
+static OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*call)(void*, size_t), size_t total,
+                                            size_t batches, void* data) {
+  if (!failed++) return real->CreateStatus(ORT_FAIL, "no threads today");
+  return real->KernelContext_ParallelFor(context, call, total, batches, data);
+}
+static const OrtApi* ORT_API_CALL get_api(uint32_t version) {
+  (void)version;
+  return &api;
+}
+OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* given) {
+  real = given->GetApi(ORT_API_VERSION);
+  api = *real;
+  api.KernelContext_ParallelFor = parallel_for;
+  base = *given;
+  base.GetApi = get_api;
+  void* library = dlopen(LIBRARY, RTLD_NOW | RTLD_LOCAL);
+  if (library == NULL) return real->CreateStatus(ORT_FAIL, dlerror());
+  OrtStatus* (*registered)(OrtSessionOptions*, const OrtApiBase*);
+  *(void**)&registered = dlsym(library, "RegisterCustomOps");
+  return registered(options, &base);
+}
+"""
+
+
+@pytest.mark.parametrize("op", [BSA, KLA, SCAN])
+def test_a_failing_thread_pool_is_an_error_of_the_run(built_library: Any, tmp_path: Path, op: str) -> None:
+    """No exception crosses the kernel's frames; the session and its scratch memory are fine afterwards."""
+    copy = Path(shutil.copy(built_library.library, tmp_path))  # its own API pointer, apart from other tests'
+    source, between = tmp_path / "between.c", tmp_path / "between.so"
+    source.write_text(NO_THREADS)
+    flags = ["-std=gnu11", "-shared", "-fPIC", f'-DLIBRARY="{copy}"', f"-I{find_headers().folder}"]
+    run([*find_toolchain(platform.machine()).cc, *flags, str(source), "-o", str(between), "-ldl"], "building")
+    running = session(model_bytes(op, body=False), between, threads=2)
+    with pytest.raises(Exception, match=rf"{op}: kernel .* failed: parallel_for ran 0 of \d+ tasks"):
+        running.run(None, feed(op, small(op)))
+    (expected,) = session(model_bytes(op, body=False), built_library.library).run(None, feed(op, small(op)))
+    np.testing.assert_array_equal(running.run(None, feed(op, small(op)))[0], expected)
 
 
 # ---- life of the library ----

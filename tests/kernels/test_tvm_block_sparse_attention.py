@@ -225,6 +225,46 @@ def test_nan_in_an_allowed_key_shows(kernels: Kernels, which: str, softcap: floa
     check(kernels, case, out, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(n=200, index=(1,)),
+        Case(n=130, m=201, index=(1, 3), block_q=48, block_k=32),
+        Case(n=200, index=(0, 1), window=20),
+        Case(n=70, index=(1,), causal=False, block_k=32),
+        Case(n=200, index=(0, 1), causal=False, window=20, block_k=40, block_q=100),
+    ],
+    ids=["causal", "more-keys", "window", "not-causal", "not-causal-window"],
+)
+def test_a_row_that_sees_only_scores_of_minus_infinity_is_not_one_that_sees_no_key(
+    kernels: Kernels, case: Case, dtype: str
+) -> None:
+    """The softmax of -inf alone is NaN, as the reference has it; zeros say that no key was allowed."""
+    case = replace(case, dtype=dtype)
+    q, k, v, index = case.tensors()
+    q = np.abs(q) + np.asarray(0.1, dtype)
+    k[:, :, 3 * case.keys // 20 :] = -np.inf
+    with np.errstate(invalid="ignore"):
+        expected = oracle(case, q, k, v, index)
+    out = run(kernels, case, q, k, v, index)
+    lost = np.isnan(expected).all(-1)
+    assert lost.any()
+    assert not np.isfinite(out[lost]).any()
+    check(kernels, case, out[~lost], expected[~lost])
+    assert (out[(expected == 0).all(-1)] == 0).all()
+
+
+def test_a_finite_score_beyond_the_kernels_range_is_not_taken_for_no_key(kernels: Kernels) -> None:
+    """-3e38 is a float32 and -3e38 log2(e) not: alone in its row it gives no number, beside others it is nothing."""
+    case = Case(n=2, dim=1, block_q=1, block_k=1, scale=1.0, index=(0, 1))
+    q, k, v, index = case.tensors()
+    q[...], k[:, :, 0], k[:, :, 1] = 1.0, -3e38, -2e38
+    out = run(kernels, case, q, k, v, index)
+    assert not np.isfinite(out[:, :, 0]).any()
+    np.testing.assert_array_equal(out[:, :, 1], v[:, :, 1])
+
+
 def test_infinities_do_not_crash(kernels: Kernels) -> None:
     case = Case()
     q, k, v, index = case.tensors()

@@ -170,10 +170,21 @@ def test_elu1_is_exact_at_zero_and_vanishes_far_below(kernels: Kernels) -> None:
     np.testing.assert_array_equal(call(kernels["float32 d16"], inputs, "elu1"), np.zeros_like(inputs[2]))
 
 
-def test_a_query_without_features_gives_zeros(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("x", "eps"), [(-10.0, 1e-9), (-20.0, 0.0), (-40.0, 0.0)], ids=str)
+def test_elu1_of_negative_numbers_keeps_its_digits(kernels: Kernels, x: float, eps: float) -> None:
+    """elu(x) + 1 in float32 would be a multiple of 2^-24."""
+    q, k, v = make_inputs(1, 2, 40, 16, 16)
+    inputs = [np.float32(x) + np.clip(q, -4, 4), np.float32(x) + np.clip(k, -4, 4), v]
+    for name in ("float32 d16", "float32"):
+        error = relative_l2(call(kernels[name], inputs, "elu1", eps), oracle(inputs, "elu1", eps))
+        assert error <= tolerance("KernelLinearAttention", "float32", "tvm")
+
+
+@pytest.mark.parametrize("eps", [1e-6, float(np.finfo(np.float32).tiny)], ids=str)
+def test_a_query_without_features_gives_zeros(kernels: Kernels, eps: float) -> None:
     q, k, v = make_inputs(1, 2, 30, 32, 32)
     q[0, 1, 7] = -1.0
-    assert (call(kernels["float32 d32"], [q, k, v])[0, 1, 7] == 0).all()
+    assert (call(kernels["float32 d32"], [q, k, v], eps=eps)[0, 1, 7] == 0).all()
 
 
 @pytest.mark.parametrize("feature_map", MAPS)

@@ -18,7 +18,6 @@ import pytest
 
 import edgekit
 from edgekit.errors import BundleError, InputError
-from edgekit.kernels.build import default_folder
 from edgekit.runtime import kernel_library, profiler, verify
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.kernel_library import (
@@ -65,7 +64,6 @@ def host() -> Host:
 
 def test_the_variable_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_root() == tmp_path / "built"
-    assert default_folder("x") == kernels_root() / "x"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +75,23 @@ def test_the_cache_has_a_folder_per_version(cache: str, expected: Path, monkeypa
     monkeypatch.setenv("EDGEKIT_KERNELS", "")
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     assert kernels_root() == expected / "edgekit" / "kernels" / edgekit.__version__
-    assert default_folder("x") == kernels_root() / "x"
+
+
+def test_without_a_home_the_bodies_run(make_custom_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is in no passwd file."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("EDGEKIT_KERNELS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(InputError, match="set EDGEKIT_KERNELS to a folder"):
+        kernels_root()
+    session = load(make_custom_bundle())
+    np.testing.assert_array_equal(session.run(X)["y"], 4 * X["x"])
+    assert {item.kernel for item in session.kernels} == {PORTABLE}
+    assert "there is no home folder to look for native kernels in" in session.kernels_note
 
 
 def test_libraries_are_found_in_a_folder_and_below(tmp_path: Path, describe_library: Describe) -> None:

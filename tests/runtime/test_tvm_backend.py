@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import edgekit
 from edgekit.errors import BundleError, InputError, MissingDependencyError, UnknownNameError
 from edgekit.runtime import tvm_backend
 from edgekit.runtime.bundle import Bundle, BundleWriter
-from edgekit.runtime.kernel_library import Host, this_host
+from edgekit.runtime.kernel_library import Host, NodeKernel, this_host
 
 tvm = pytest.importorskip("tvm", reason="the tvm extra is not installed")
 
@@ -61,6 +62,13 @@ class TestConsent:
             edgekit.load(bundle, backend="onnxruntime")
         with pytest.raises(UnknownNameError, match="onnxruntime, tvm"):
             edgekit.load(bundle, backend="abacus")
+
+    @pytest.mark.parametrize("kernels", ["/no/such/library.so", "portabel", Path("kernels")], ids=str)
+    def test_kernels_of_another_library_are_refused(self, bundle, kernels):
+        with pytest.raises(InputError, match="has its kernels in its library"):
+            edgekit.load(bundle, backend="tvm", kernels=kernels)
+        for accepted in ("auto", "portable"):
+            assert edgekit.load(bundle, backend="tvm", kernels=accepted).backend == "tvm-cpu"
 
     def test_without_tvm(self, bundle, monkeypatch):
         monkeypatch.setitem(sys.modules, "tvm", None)
@@ -122,6 +130,17 @@ class TestRuns:
         got = edgekit.load(packed, backend="tvm").run(inputs)
         np.testing.assert_allclose(got["output"], expected["output"], atol=1e-5)
 
+    def test_an_export_in_the_place_of_a_loaded_one(self, tmp_path):
+        sessions = []
+        for bias in (1.0, 2.0):
+            model = nn.Linear(3, 2)
+            nn.init.zeros_(model.weight)
+            nn.init.constant_(model.bias, bias)
+            made = edgekit.export(model, "tvm", tmp_path, shapes="x:1x3", name="same")
+            sessions.append(edgekit.load(made, backend="tvm", threads=1))
+        x = np.ones((1, 3), np.float32)
+        assert [float(session.run({"x": x})["output"][0, 0]) for session in sessions] == [1.0, 2.0]
+
     def test_op_times(self, bundle):
         session = edgekit.load(bundle, backend="tvm", threads=1)
         times = session.op_times(session.random_inputs(), runs=3)
@@ -164,3 +183,31 @@ def test_library_that_is_none(bundle, tmp_path):
         bad = writer.finish(bundle.manifest, {})
     with pytest.raises(BundleError, match=r"cannot load bad-tvm\.edge/model\.so"):
         edgekit.load(bad, backend="tvm")
+
+
+class TestRunErrors:
+    KERNELS = (NodeKernel("node", "edgekit::KernelLinearAttention", "tvm x86-64-v3", "edgekit_kla_f32"),)
+    MISMATCH = (
+        "Mismatched k.shape[2] on argument #1 when calling:\n  `{}(q: Tensor(...))`,\n  expected to match q.shape[2]"
+    )
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("KernelLinearAttention needs a hat\n  at line 7", "KernelLinearAttention needs a hat"),
+            (
+                MISMATCH.format("edgekit_kla_f32"),
+                "KernelLinearAttention got tensors that do not fit together: Mismatched k.shape[2] on argument #1, "
+                "expected to match q.shape[2]",
+            ),
+            (
+                MISMATCH.format("add7"),
+                "TVM could not run it: Mismatched k.shape[2] on argument #1, expected to match q.shape[2], in add7",
+            ),
+            ("Check failed: x", "TVM could not run it: Check failed: x"),
+            ("", "TVM could not run it: no reason given"),
+        ],
+        ids=["check", "kernel", "function", "other", "none"],
+    )
+    def test_texts(self, text, said):
+        assert tvm_backend.run_error(text, self.KERNELS, "it") == said

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.cli.console import Output
-from edgekit.devices.doctor import Check
+from edgekit.devices.doctor import Check, built_kernels
 from edgekit.errors import EdgekitError, UnknownNameError
 from edgekit.runtime.kernel_library import (
     BUILD_COMMAND,
     FOLDER_VARIABLE,
+    OUTDATED,
     Found,
     Host,
     KernelLibrary,
@@ -24,6 +25,7 @@ from edgekit.runtime.kernel_library import (
 from edgekit.runtime.report import bytes_
 
 FITS = "fits"
+FITS_OUTDATED = f"{FITS}, but {OUTDATED}"
 
 
 def build(output: Output, archs: Sequence[str] | None, out: Path | None, *, force: bool) -> None:
@@ -32,6 +34,7 @@ def build(output: Output, archs: Sequence[str] | None, out: Path | None, *, forc
     Raises:
         UnknownNameError: no such arch.
         MissingDependencyError: TVM is not installed.
+        InputError: no arch was named and none fits this machine, or there is no folder to build into.
         KernelBuildError: a compiler or onnxruntime's headers are missing, or a compiler failed.
     """
     from edgekit.kernels import build as builder
@@ -41,17 +44,18 @@ def build(output: Output, archs: Sequence[str] | None, out: Path | None, *, forc
     for arch in archs or ():  # all of them, and all that every build needs, before the first takes its time
         if arch not in builder.ARCH_NAMES:
             raise UnknownNameError("kernel arch", arch, builder.ARCH_NAMES)
+    root, host = out or kernels_root(), this_host()
     tvm_versions()
     find_headers()
-    host = this_host()
+    sources = builder.sources_digest()
     rows, data = [], []
     with output.steps("build kernels") as step:
-        for arch in dict.fromkeys(archs or [builder.host_arch()]):
+        for arch in dict.fromkeys(archs or [_best_arch(host)]):
             step(f"{arch}: compile with TVM, link for onnxruntime")
-            [built] = builder.build([arch], out, force=force)
+            [built] = builder.build([arch], root, force=force)
             step(f"{arch}: {'unchanged' if built.reused else f'done in {built.seconds:.0f} s'}")
             [found] = (each for each in find_libraries(built.folder) if each.folder == built.folder)
-            verdict = _verdict(found, host)
+            verdict = _verdict(found, host, sources)
             size = bytes_(built.library.stat().st_size)
             rows.append((arch, str(len(built.kernels)), size, str(built.folder), verdict))
             data.append(_library_json(found, verdict) | {"seconds": round(built.seconds, 1), "reused": built.reused})
@@ -68,9 +72,11 @@ def build(output: Output, archs: Sequence[str] | None, out: Path | None, *, forc
 
 def list_libraries(output: Output, folder: Path | None) -> None:
     """`edgekit kernels list`: what is built, where, whether it fits this machine, and which ops it serves."""
-    root, host = folder or kernels_root(), this_host()
+    from edgekit.kernels.build import sources_digest
+
+    root, host, sources = folder or kernels_root(), this_host(), sources_digest()
     libraries = find_libraries(root)
-    verdicts = [_verdict(found, host) for found in libraries]
+    verdicts = [_verdict(found, host, sources) for found in libraries]
     if not libraries:
         output.line(f"no kernels are built in {root}; models run on their portable function bodies")
         output.line(f"next: {BUILD_COMMAND}")
@@ -88,7 +94,8 @@ def list_libraries(output: Output, folder: Path | None) -> None:
 
 
 def toolchain_checks() -> list[Check]:
-    """The compiler and onnxruntime's headers, as `edgekit doctor` shows them."""
+    """The compiler, onnxruntime's headers and what is built, as `edgekit doctor` shows them."""
+    from edgekit.kernels.build import sources_digest
     from edgekit.kernels.headers import find_headers
     from edgekit.kernels.native.toolchain import find_toolchain
 
@@ -108,11 +115,21 @@ def toolchain_checks() -> list[Check]:
     return [
         check("C++ compiler", compiler, "building kernels"),
         check("onnxruntime headers", headers, "building kernels"),
+        built_kernels(sources_digest()),
     ]
 
 
-def _verdict(found: Found, host: Host) -> str:
-    return found.problem if found.library is None else misfit(found.library, host) or FITS
+def _best_arch(host: Host) -> str:
+    from edgekit.kernels.tvm.targets import best_arch
+
+    return best_arch(host.machine, host.system, host.features).name
+
+
+def _verdict(found: Found, host: Host, sources: str) -> str:
+    """What the table says of a library. One that is outdated still fits: `edgekit.load` uses it."""
+    if found.library is None:
+        return found.problem
+    return misfit(found.library, host) or (FITS if found.library.sources == sources else FITS_OUTDATED)
 
 
 def _row(found: Found, verdict: str) -> tuple[str, ...]:
@@ -147,7 +164,8 @@ def _library_json(found: Found, verdict: str) -> dict[str, Any]:
     data: dict[str, Any] = {
         "arch": found.arch,
         "folder": str(found.folder),
-        "fits": verdict == FITS,
+        "fits": verdict in (FITS, FITS_OUTDATED),
+        "outdated": verdict == FITS_OUTDATED,
         "reason": None if verdict == FITS else verdict,
     }
     if library is not None:

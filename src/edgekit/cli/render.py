@@ -19,6 +19,7 @@ from edgekit.runtime.kernel_library import bundle_kernels, kernel_lines
 from edgekit.runtime.profiler import Profile, ProfileComparison
 from edgekit.runtime.report import bytes_, comparison_lines, percent, profile_lines
 from edgekit.runtime.session import Session
+from edgekit.runtime.tvm_backend import read_build
 from edgekit.runtime.verification import Check, LayerReport, Verification, finite
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def exported(output: Output, bundles: Sequence[Bundle]) -> None:
             for line in cost_lines(bundle, cost):
                 output.line(line)
     output.line()
-    output.line(f"next: edgekit verify {bundles[0].path}")
+    first = bundles[0]
+    where = ", on the bundle's device" if first.manifest.verification.get("reason") else ""
+    backend = " --backend tvm" if first.manifest.target == "tvm" else ""
+    output.line(f"next{where}: edgekit verify {first.path}{backend}")
     output.json([_bundle_json(bundle) for bundle in bundles])
 
 
@@ -270,8 +274,9 @@ def _run_arrays(session: Session, path: Path) -> dict[str, np.ndarray[Any, Any]]
 
 def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     """`edgekit inspect`; `kernels` as for `edgekit.load`."""
-    nodes = bundle_kernels(bundle, kernels)
     manifest = bundle.manifest
+    compiled = read_build(bundle) if manifest.target == "tvm" else None
+    nodes = bundle_kernels(bundle, kernels)
     model, weights = manifest.model, manifest.model.weights
     macs = f", {model.macs / 1e6:,.1f} M MACs" if model.macs else ""
     origin = {"random": f"random, seed {weights.seed}", "file": f"from {weights.file}"}.get(
@@ -279,6 +284,8 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     )
     opsets = ", ".join(f"{domain} {version}" for domain, version in manifest.opsets.items())
     versions = f", opset {opsets}, IR {manifest.ir_version}" if opsets else ""
+    if compiled is not None:
+        versions = f", native code for {compiled['arch']}"
     output.line(f"{bundle.name}: {model.source}, {model.parameters:,} parameters{macs}", "bold")
     output.line(f"weights    {origin} (SHA-256 {weights.sha256[:16]}..)")
     output.line(f"target     {manifest.target}, {manifest.precision}{versions}")
@@ -307,9 +314,14 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
         for reason in dict.fromkeys(item.reason for item in nodes):
             output.line(f"{'from ' if nodes[0].native else ''}{reason}")
         output.line()
+    if compiled is not None and compiled["kernels"]:
+        served = [(entry["node"], entry["op"], entry["symbol"]) for entry in compiled["kernels"]]
+        output.table(("node", "custom op", "kernel in the library"), served)
+        output.line()
     files = [(name, entry.role, bytes_(entry.size), entry.sha256) for name, entry in manifest.files.items()]
     output.table(("file", "role", "size", "SHA-256 (checked)"), files, right=("size",))
-    output.json(_bundle_json(bundle) | {"kernels": [vars(item) for item in nodes]})
+    listed = compiled["kernels"] if compiled is not None else [vars(item) for item in nodes]
+    output.json(_bundle_json(bundle) | {"kernels": listed})
 
 
 def diagnosis(output: Output, result: Diagnosis) -> None:
