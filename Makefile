@@ -29,6 +29,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.digits_accuracy
 	@$(BIN)/python -m benchmarks.onnx_cpu
+	@$(BIN)/edgekit kernels build
+	@$(BIN)/python -m benchmarks.custom_ops_cpu
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)

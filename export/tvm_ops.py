@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tvm import IRModule, relax, tirx
 
+from edgekit.custom_ops.block_sparse_attention import contract
 from edgekit.custom_ops.registry import DOMAIN, OPS
 from edgekit.errors import ExportError
 from edgekit.export.tvm_schedule import SCHEDULED
@@ -21,6 +22,8 @@ from edgekit.kernels.tvm.targets import Arch
 _FEATURE_MAPS = {"relu": 0, "elu1": 1, "identity": 2}
 # relax fuses elementwise work into functions; this number says that a function must stay as it is.
 _OPAQUE = 8
+# Bytes that a tensor must be aligned to: those of one element.
+_ALIGN = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,18 @@ class ServedNode:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a node asks of a kernel, in the kernel's order: tensors, the output's likeness, scalars; and its sizes."""
+    """What a node asks of a kernel, in the kernel's order: tensors, the output's likeness, scalars; and its sizes.
+
+    A scalar is a float32, an int64 or an expression of symbolic sizes. `check`, where there is one, is a function
+    that copies the last tensor and fails where the call breaks the op's contract, made for these `check_key`s.
+    """
 
     tensors: tuple[Any, ...]
     like: Any
-    scalars: tuple[float | int, ...]
+    scalars: tuple[Any, ...]
     sizes: Mapping[str, int | None]
+    check_key: tuple[Any, ...] = ()
+    check: Callable[[], tirx.PrimFunc] | None = None
 
 
 @dataclass
@@ -70,18 +79,17 @@ class KernelCalls:
         kernel = self._choose(node, op, call)
         self.uses.append(ServedNode(node, op, kernel.symbol, dict(kernel.parameters)))
         builder, tensors = importer.block_builder, call.tensors
-        if op == "BlockSparseAttention":
-            # Whoever calls a kernel vouches for its indices.
-            q, k, v, index = tensors
-            block_k = call.scalars[-1]
-            check = self._function(builder, ("edgekit_bsa_index", block_k), lambda: _index_check(int(block_k)))
-            tensors = (q, k, v, builder.emit(relax.call_tir(check, [index, k], _type_like(index))))
+        if call.check is not None:
+            # Whoever calls a kernel vouches for its arguments; taking the copy makes the kernel wait for the check.
+            *others, last = tensors
+            check = self._function(builder, call.check_key, call.check)
+            tensors = (*others, builder.emit(relax.call_tir(check, [*others, last], _type_like(last))))
         function = self._function(
             builder,
             (kernel.symbol,),
             lambda: _outputs_last(_only_function(kernel.module(self.arch)), len(tensors)),
         )
-        scalars = [tirx.const(value, "float32" if isinstance(value, float) else "int64") for value in call.scalars]
+        scalars = [_scalar(value) for value in call.scalars]
         return builder.emit(relax.call_tir(function, [*tensors, *scalars], _type_like(call.like)))
 
     def _choose(self, node: str, op: str, call: _Call) -> Kernel:
@@ -125,9 +133,12 @@ def _block_sparse_attention(
         if head_dim is None:
             raise ExportError("block_sparse_attention with a dynamic head_dim needs a scale; pass one")
         scale = head_dim**-0.5
-    scalars = (float(scale), float(softcap), int(causal), int(window), int(block_q), int(block_k))
+    blocks = (_at_most_axis(block_q, q, 2), _at_most_axis(block_k, k, 2))
+    scalars = (float(scale), float(softcap), int(causal), int(window), *blocks)
     sizes = {"head_dim": head_dim, "block_q": int(block_q), "block_k": int(block_k)}
-    return _Call((q, k, v, block_index), q, scalars, sizes)
+    dtype = str(q.ty.dtype)
+    key = ("edgekit_bsa_check", dtype, int(block_q), int(block_k))
+    return _Call((q, k, v, block_index), q, scalars, sizes, key, lambda: _bsa_check(*key[1:]))
 
 
 def _kernel_linear_attention(q: Any, k: Any, v: Any, feature_map: str, eps: float) -> _Call:
@@ -171,29 +182,66 @@ def _only_function(module: IRModule) -> tirx.PrimFunc:
     return function
 
 
-def _index_check(block_k: int) -> tirx.PrimFunc:
-    """A function that copies block indices and fails at one that names no key block."""
+def _bsa_check(dtype: str, block_q: int, block_k: int) -> tirx.PrimFunc:
+    """A function that copies block indices and fails where a call breaks the contract of BlockSparseAttention.
+
+    What an export knows, torch has checked; this checks the sizes that it left open, and the indices, at every run.
+    """
+    align = _ALIGN[dtype]
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def check(index_handle: T.handle, key_handle: T.handle, out_handle: T.handle):  # type: ignore[no-untyped-def]
-        batch, index_heads, query_blocks, listed = T.int64(), T.int64(), T.int64(), T.int64()
-        kv_heads, keys, dim = T.int64(), T.int64(), T.int64()
-        index = T.match_buffer(index_handle, (batch, index_heads, query_blocks, listed), "int32", align=4)
-        key = T.match_buffer(key_handle, (batch, kv_heads, keys, dim), "float32", align=4)  # noqa: F841 - its length
-        out = T.match_buffer(out_handle, (batch, index_heads, query_blocks, listed), "int32", align=4)
-        for b, h, i, j in T.grid(batch, index_heads, query_blocks, listed):
-            with T.sblock("check"):
+    def check(  # type: ignore[no-untyped-def]
+        q_handle: T.handle, k_handle: T.handle, v_handle: T.handle, index_handle: T.handle, out_handle: T.handle
+    ):
+        # No two axes share a variable: TVM would compare them, in words of its own.
+        batch, heads, queries, dim = T.int64(), T.int64(), T.int64(), T.int64()
+        k_batch, k_heads, keys, k_dim = T.int64(), T.int64(), T.int64(), T.int64()
+        v_batch, v_heads, values, v_dim = T.int64(), T.int64(), T.int64(), T.int64()
+        index_batch, index_heads, rows, listed = T.int64(), T.int64(), T.int64(), T.int64()
+        q = T.match_buffer(q_handle, (batch, heads, queries, dim), dtype, align=align)  # noqa: F841 - its shape
+        k = T.match_buffer(k_handle, (k_batch, k_heads, keys, k_dim), dtype, align=align)  # noqa: F841
+        v = T.match_buffer(v_handle, (v_batch, v_heads, values, v_dim), dtype, align=align)  # noqa: F841
+        index = T.match_buffer(index_handle, (index_batch, index_heads, rows, listed), "int32", align=4)
+        out = T.match_buffer(out_handle, (index_batch, index_heads, rows, listed), "int32", align=4)
+        with T.sblock("shapes"):
+            T.reads()
+            T.writes()
+            assert batch * heads * queries * dim > 0, contract.EMPTY
+            assert k_batch * k_heads * keys * k_dim > 0, contract.EMPTY
+            assert index_batch * index_heads * rows * listed > 0, contract.EMPTY
+            assert k_batch == v_batch, contract.SAME
+            assert k_heads == v_heads, contract.SAME
+            assert keys == values, contract.SAME
+            assert k_dim == v_dim, contract.SAME
+            assert batch == k_batch, contract.SAME
+            assert dim == k_dim, contract.SAME
+            assert T.truncmod(heads, k_heads) == 0, contract.RATIO
+            assert keys >= queries, contract.LENGTH
+            assert batch == index_batch, contract.INDEX
+            assert rows == T.ceildiv(queries, T.min(T.int64(block_q), queries)), contract.INDEX
+            assert T.Or(index_heads == 1, T.Or(index_heads == k_heads, index_heads == heads)), contract.INDEX
+        for b, h, i, j in T.grid(index_batch, index_heads, rows, listed):
+            with T.sblock("indices"):
                 vb, vh, vi, vj = T.axis.remap("SSSS", [b, h, i, j])
-                assert T.And(
-                    index[vb, vh, vi, vj] >= -1,
-                    T.Cast("int64", index[vb, vh, vi, vj]) * T.int64(block_k) < keys,
-                ), (
-                    "edgekit::BlockSparseAttention: a block index is out of range; -1 stands for no block, the others "
-                    "count the key blocks from 0"
-                )
+                assert index[vb, vh, vi, vj] >= -1, contract.RANGE
+                assert T.Cast("int64", index[vb, vh, vi, vj]) * T.min(T.int64(block_k), keys) < keys, contract.RANGE
                 out[vb, vh, vi, vj] = index[vb, vh, vi, vj]
 
     return check
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, float):
+        return tirx.const(value, "float32")
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+def _at_most_axis(block: int, tensor: Any, axis: int) -> Any:
+    """`block`, or the size of the axis where that is less: a longer block is the same, but costs the kernel more."""
+    size = list(tensor.ty.shape)[axis]
+    if isinstance(size, tirx.IntImm):
+        return min(int(block), int(size))
+    return tirx.min(tirx.const(int(block), "int64"), size)
 
 
 def _size(tensor: Any, axis: int) -> int | None:

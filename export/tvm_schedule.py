@@ -26,7 +26,7 @@ _SPATIAL, _REDUCTION = tirx.IterVar.DataPar, tirx.IterVar.CommReduce
 # A tile may be this many vectors wide; wider ones leave too few registers for rows.
 _MOST_VECTORS = 4
 _MOST_TILES = 12
-# More rows fit the registers, but LLVM spills: measured on 3x3 convolutions of stride 2, up to 2.4 times slower.
+# More rows fit the registers, but LLVM spills some of them, above all in 3x3 convolutions of stride 2.
 _MOST_ROWS = 8
 # Below this many multiply-adds, waking the threads costs more than they save.
 _PARALLEL_WORK = 50_000

@@ -1,9 +1,8 @@
 """`--tune N`: search faster tiles for the functions of a model with TVM's meta_schedule, measuring on this machine.
 
 The search space is that of `tvm_schedule`'s rule, and meta_schedule's sampling draws from it. Its own spaces for CPUs,
-its builder and its cost model stay out: with TVM 0.27 and tvm-ffi 0.1.14.post1 the first finished one of 53 functions of
-a small network in three minutes, the second starts a process that imports TVM for each candidate, and the third needs
-xgboost.
+its builder and its cost model stay out: with TVM 0.27 and tvm-ffi 0.1.14.post1 the first takes minutes for a function
+of a small network, the second starts a process that imports TVM for each candidate, and the third needs xgboost.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def load(
         threads: threads for one run; None leaves it to the backend.
         kernels: for models with ops of edgekit's own. `auto` uses the native kernels that `edgekit kernels build` made
             where they fit this machine, else the function bodies in the model, and says why in `kernels_note`;
-            `portable` always uses the bodies; a path names the library to use, or its folder.
+            `portable` always uses the bodies; a path names the library to use, or its folder. A tvm bundle has its
+            kernels in its library: `auto` and `portable` say nothing there, and a path is refused.
 
     Raises:
         BundleError: the bundle is damaged, unsafe or newer than this edgekit.
@@ -108,6 +109,11 @@ def load(
     opened = Bundle.open(bundle)
     _check_backend(opened, backend)
     if backend == "tvm":
+        if kernels not in ("auto", "portable"):
+            raise InputError(
+                f"{opened.name} has its kernels in its library and cannot take those at {os.fspath(kernels)!r}; leave "
+                "kernels at 'auto' for a tvm bundle"
+            )
         from edgekit.runtime.tvm_backend import TvmSession
 
         return TvmSession(opened, threads=threads)

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +55,21 @@ class TvmSession(Session):
         self._main = self._machine["main"]
 
     def _load(self) -> Any:
+        import tvm_ffi
         from tvm import relax
 
         name = self.bundle.manifest.model_file
         path = self.bundle.file(name)
         try:
-            if path is not None:
-                library = self._tvm.runtime.load_module(str(path.resolve()))
-            else:  # the system loads libraries from files alone; once loaded, the file is not needed
-                with tempfile.TemporaryDirectory(prefix="edgekit-tvm-") as folder:
-                    unpacked = Path(folder) / "model.so"
-                    unpacked.write_bytes(self.bundle.read(name))
-                    library = self._tvm.runtime.load_module(str(unpacked))
+            # The system loads libraries from files alone, and takes a name that it has loaded before for the same file
+            # although another export has replaced it: hence a name of its own, needed only while loading.
+            with tempfile.TemporaryDirectory(prefix="edgekit-tvm-") as folder:
+                place = Path(folder) / "model.so"
+                if path is not None:
+                    place.symlink_to(path.resolve())
+                else:
+                    place.write_bytes(self.bundle.read(name))
+                library = tvm_ffi.load_module(str(place))  # tvm.runtime's takes the name behind a link
             return relax.VirtualMachine(library, self._tvm.cpu())
         except Exception as error:  # TVM raises built-in errors of several kinds
             raise BundleError(
@@ -81,7 +84,7 @@ class TvmSession(Session):
             try:
                 values = self._main(*arguments)
             except Exception as error:  # see _load
-                raise InputError(f"TVM could not run {self.bundle.name}: {_first_line(error)}") from error
+                raise InputError(run_error(str(error), self.kernels, self.bundle.name)) from error
             outputs = [values[index].numpy() for index in range(len(self.outputs))]
         return {spec.name: array for spec, array in zip(self.outputs, outputs, strict=True)}
 
@@ -113,6 +116,25 @@ class TvmSession(Session):
             calls.clear()
             main(*arguments)
         return list(nodes.values())
+
+
+def run_error(text: str, kernels: Sequence[NodeKernel], name: str) -> str:
+    """What to say of a failed run of the bundle `name`, given TVM's account of it.
+
+    A check of ours in the library says what one of our ops needs; a kernel called with shapes that do not fit names
+    itself, and the two sizes in question.
+    """
+    first, *_, last = (text.strip() or "no reason given").splitlines() * 2
+    ops = {use.reason: use.op.removeprefix(f"{DOMAIN}::") for use in kernels}
+    if first.startswith(tuple(f"{op} " for op in ops.values())):
+        return first
+    called = re.search(r" when calling:\s+`(\w+)\(", text)
+    if not called:
+        return f"TVM could not run {name}: {first}"
+    problem = f"{first.removesuffix(' when calling:')}, {last.strip()}"
+    if op := ops.get(called[1]):
+        return f"{op} got tensors that do not fit together: {problem}"
+    return f"TVM could not run {name}: {problem}, in {called[1]}"
 
 
 def resize_pool(size: int) -> None:
