@@ -25,7 +25,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.torch import from_exported_program
 
 from edgekit.custom_ops.registry import DOMAIN, VERSION
-from edgekit.errors import ExportError, InputError, ShapeError
+from edgekit.errors import ExportError, ShapeError
 from edgekit.export.calling import first_line
 from edgekit.export.onnx import quiet
 from edgekit.export.shapes import InputShape
@@ -33,7 +33,7 @@ from edgekit.export.tvm_ops import KernelCalls, ServedNode, used_ops
 from edgekit.export.tvm_schedule import Registers, schedule_module
 from edgekit.kernels.native.toolchain import KernelBuildError, find_toolchain, run
 from edgekit.kernels.tvm.compat import versions
-from edgekit.kernels.tvm.targets import ARCHS, Arch, get_arch
+from edgekit.kernels.tvm.targets import Arch, best_arch, get_arch
 from edgekit.runtime.kernel_library import Host, this_host
 from edgekit.runtime.manifest import CustomOp, Dim, TensorSpec
 from edgekit.runtime.tvm_backend import BUILD, resize_pool
@@ -86,10 +86,7 @@ def choose_arch(name: str | None, host: Host | None = None) -> Arch:
     if name is not None:
         return get_arch(name)
     host = host or this_host()
-    fitting = [arch for arch in ARCHS.values() if runs_on(arch, host)]
-    if not fitting:
-        raise InputError(f"name the processor to compile for with --arch: {', '.join(ARCHS)}; this machine is neither")
-    return max(fitting, key=lambda arch: len(arch.features))
+    return best_arch(host.machine, host.system, host.features)
 
 
 def runs_on_this_machine(arch: Arch) -> bool:
@@ -123,6 +120,9 @@ def convert(
         ExportError: an operator that TVM cannot import, or a custom op without a kernel.
     """
     resize_pool(1)  # folding constants runs functions, before any session sets up the threads
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in ("cond", "while_loop"):
+            raise ExportError(f"the target tvm has no control flow (torch.{node.target.name()}); export to onnx")
     calls = KernelCalls(arch)
     try:
         with quiet():

@@ -262,3 +262,13 @@ class TestShapesAtRunTime:
         said = run_error(str(raised.value), used, "it")
         assert re.fullmatch(rf"{op} got tensors that do not fit together: Mismatched \w+\.shape.*", said)
         assert "\n" not in said
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+
+def test_control_flow_is_refused_in_words(tmp_path):
+    with pytest.raises(ExportError, match="no control flow"):
+        edgekit.export(Branching(), "tvm", tmp_path, shapes=["x:2x3"])
