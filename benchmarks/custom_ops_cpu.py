@@ -142,8 +142,20 @@ def main(arguments: list[str] | None = None) -> int:
             for row in PARTS[part](threads, options.rounds):
                 rows.append(row)
                 print(_line(row), flush=True)
-    _write(rows, options.out, title, facts)
+                _write(_merged(rows, options.out), options.out, title, facts)
     return 0
+
+
+def _merged(rows: list[Row], folder: Path) -> list[Row]:
+    """The rows of an earlier run, with those measured now in their place; so parts can be measured one by one."""
+    try:
+        earlier = json.loads((folder / "custom_ops_cpu.json").read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        earlier = []
+    known = {(row["part"], row["case"], row["threads"]): Row(**row) for row in earlier}
+    known |= {(row.part, row.case, row.threads): row for row in rows}
+    order = list(PARTS)
+    return sorted(known.values(), key=lambda row: (order.index(row.part), row.threads))
 
 
 def _sparse(threads: int, rounds: int) -> list[Row]:
@@ -337,7 +349,6 @@ def _write(rows: list[Row], folder: Path, title: str, facts: dict[str, Any]) -> 
         if chosen:
             lines += [f"## {part}", "", *_tables(chosen), ""]
     (folder / "custom_ops_cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written: {folder / 'custom_ops_cpu.md'}")
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
