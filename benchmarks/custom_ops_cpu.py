@@ -130,11 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the child process of the memory part
     options = parser.parse_args(arguments)
+    custom_ops.register()
     if options.memory_of:
         print(json.dumps(_memory_child(options.memory_of)))
         return 0
     title, facts = heading()
-    custom_ops.register()
     rows: list[Row] = []
     for part in options.only.split(","):
         for threads in map(int, options.threads.split(",")):
