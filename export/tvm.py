@@ -120,9 +120,9 @@ def convert(
         ExportError: an operator that TVM cannot import, or a custom op without a kernel.
     """
     resize_pool(1)  # folding constants runs functions, before any session sets up the threads
-    for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in ("cond", "while_loop"):
-            raise ExportError(f"the target tvm has no control flow (torch.{node.target.name()}); export to onnx")
+    branching = {torch.ops.higher_order.cond: "torch.cond", torch.ops.higher_order.while_loop: "torch.while_loop"}
+    if used := [branching[node.target] for node in program.graph.nodes if node.target in branching]:
+        raise ExportError(f"the target tvm has no control flow, and the model uses {used[0]}; export to onnx")
     calls = KernelCalls(arch)
     try:
         with quiet():
