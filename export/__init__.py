@@ -61,11 +61,14 @@ def export(
         precision: `fp32`; `fp16` (weights and activations in half precision, but softmax, norms, means and sums in
             fp32); `int8` (static QDQ, needs `calibration`).
         shapes: one string per input, `NAME:DIMxDIMx..` with `@dtype` after it for anything but float32, and
-            `| 1..8` or `| N=1..8, S=16..512` for the ranges of named dimensions: `image:Nx3x224x224 | 1..8`.
-            Zoo models default to batch 1 at their own size.
+            `| 1..8` or `| N=1..8, S=16..512` for the ranges of named dimensions: `image:Nx3x224x224 | 1..8`. Indices
+            say what they point into, a dynamic dimension of any input or a number: `vertex:P@int64<V`,
+            `ids:1xN@int64<50257`; drawn inputs then keep to it, and sessions check it. Zoo models default to batch 1 at
+            their own size, or that of the override `img_size`; models without images to dynamic sizes.
         weights: a file or folder with weights for a zoo model, or `random`; None takes the shipped weights, or random
-            ones from `seed` where none are shipped (the manifest says which).
-        calibration: int8 only: a folder of images, an .npz, the name `digits`, or `random` (for timing only).
+            ones from `seed` where none are shipped or they do not fit the overrides (the manifest says which).
+        calibration: int8 only: a folder of images, an .npz, the name `digits`, or `random` (for timing only); None
+            takes the zoo model's own data set.
         labels: names of the classes, in order.
         preprocessing: how an image becomes the (first) input, as an `ImagePreprocessing` or its JSON form; zoo models
             bring their own. Without one, `run` takes arrays only.

@@ -30,8 +30,9 @@ from edgekit.export.plan import Plan, make_plan
 from edgekit.export.samples import batch_size, first_items, record_answers, samples_of
 from edgekit.export.shapes import InputShape
 from edgekit.export.source import LoadedModel, load_model
-from edgekit.export.verification import check_other_sizes
+from edgekit.export.verification import check_other_sizes, why_refused
 from edgekit.kernels.build import ARCH_NAMES
+from edgekit.models.registry import ImageInput
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
 from edgekit.runtime.manifest import CustomOp, Manifest, TensorSpec
@@ -95,8 +96,9 @@ def export_model(
     data = None
     if precision == "int8":
         step("read calibration data")
-        dataset = loaded.entry.dataset if loaded.entry else None
-        data = load_calibration(calibration, plan.shapes, plan.preprocessing, dataset, batch=batch_size(plan))
+        data = load_calibration(
+            calibration, plan.shapes, plan.preprocessing, loaded.entry, loaded.options, batch=batch_size(plan)
+        )
     destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
     try:
         if target == "tvm":
@@ -117,7 +119,13 @@ def _export_fp32(plan: Plan, destination: Path) -> Bundle:
         graph = onnx_target.finalize(exported.model, metadata=_metadata(plan, "fp32"))
         bundle, check = _write(writer, plan, manifest, graph, samples)
         report = {"export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)}}
-        return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
+        return writer.finish(_with_figures(bundle.manifest, check, _tolerance(plan, "fp32")), report)
+
+
+def _tolerance(plan: Plan, precision: str) -> float | None:
+    """The tolerance to record: the caller's, or the zoo's for a model that is sensitive to rounding by itself."""
+    entry = plan.loaded.entry
+    return entry.tolerance if plan.tolerance is None and entry is not None and precision == "fp32" else plan.tolerance
 
 
 def _check_tvm_options(precision: str, opset: int | None, tune: int) -> None:
@@ -158,11 +166,11 @@ def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int)
         bundle, check = writer.preview(manifest), None
         if plan.check and runs_here:
             check = _compare(plan, bundle, "tvm")
-        manifest = _with_figures(bundle.manifest, check, plan.tolerance)
+        manifest = _with_figures(bundle.manifest, check, _tolerance(plan, "fp32"))
         if plan.check and not runs_here:
             reason = f"compiled for {arch.name}, which this machine is not; verify the bundle on its device"
             plan.step(f"not checked: {reason}")
-            manifest = replace(manifest, verification={"checked": False, "reason": reason})
+            manifest = replace(manifest, verification={**manifest.verification, "reason": reason})
         report: dict[str, Any] = {"export": {"seconds": round(time.perf_counter() - started, 3)}}
         if exported.tuning is not None:
             report["tuning"] = exported.tuning
@@ -274,33 +282,43 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _manifest(
     plan: Plan, exported: onnx_target.OnnxExport | TvmExport, precision: str, calibration: str | None
 ) -> Manifest:
-    macs = None
-    entry = plan.loaded.entry
-    if entry is not None and not plan.loaded.options:
-        at_zoo_size = plan.shapes[0].dims[2:] == (entry.input.size, entry.input.size)
-        macs = entry.macs if at_zoo_size else None
     inputs = list(exported.inputs)
-    _check_labels(plan.labels, exported.outputs)
+    labels = _fitting_labels(plan, exported.outputs)
     if plan.preprocessing is not None:
         inputs[0] = replace(inputs[0], preprocessing=plan.preprocessing)
     return Manifest(
         name=plan.loaded.name,
-        model=plan.loaded.info(macs),
+        model=plan.loaded.info(_macs(plan)),
         target="onnx",
         precision=precision,
         inputs=tuple(inputs),
         outputs=exported.outputs,
         dims={key: limits for shape in plan.shapes for key, limits in shape.ranges.items()},
-        labels=plan.labels,
+        labels=labels,
         tools=_tools(),
         calibration=calibration,
     )
 
 
-def _check_labels(labels: Sequence[str] | None, outputs: Sequence[TensorSpec]) -> None:
+def _macs(plan: Plan) -> int | None:
+    """The registry's figure where it holds: for one image of the zoo's size, or for a fixed number of rows."""
+    entry, dims = plan.loaded.entry, plan.shapes[0].dims
+    if entry is None or entry.changed(plan.loaded.options):
+        return None
+    if isinstance(entry.input, ImageInput):
+        return entry.macs if dims[2:] == (entry.input.size, entry.input.size) else None
+    return entry.macs * dims[0] if isinstance(dims[0], int) else None
+
+
+def _fitting_labels(plan: Plan, outputs: Sequence[TensorSpec]) -> tuple[str, ...] | None:
+    """The labels, checked against the outputs; those of the zoo fall away where an option leaves no class scores."""
+    labels = plan.labels
     classes = [spec.shape[-1] for spec in outputs if len(spec.shape) == 2 and isinstance(spec.shape[-1], int)]
-    if labels is not None and classes and len(labels) not in classes:
-        raise InputError(f"there are {len(labels)} labels for the model's {classes[0]} classes; name each class once")
+    if labels is None or len(labels) in classes:
+        return labels
+    if not classes:
+        return None if plan.loaded.entry is not None and labels == plan.loaded.defaults.labels else labels
+    raise InputError(f"there are {len(labels)} labels for the model's {classes[0]} classes; name each class once")
 
 
 def _write(
@@ -329,36 +347,28 @@ def _compare(plan: Plan, bundle: Bundle, backend: str) -> Check:
     plan.step(f"check {manifest.precision} against PyTorch")
     # The bodies travel with the bundle; native kernels are one machine's, and `edgekit verify` checks them there.
     session = load(bundle, backend=backend, kernels="portable")
-    check = verify_samples(session, tolerance=plan.tolerance)
+    tolerance = _tolerance(plan, manifest.precision)
+    check = verify_samples(session, tolerance=tolerance)
     if check and manifest.dims and manifest.precision != "int8":
         plan.step("check other sizes")
-        other = check_other_sizes(session, plan.loaded, tolerance_for(manifest, plan.tolerance))
+        other = check_other_sizes(session, plan.loaded, tolerance_for(manifest, tolerance))
         check = check if other is None or other else other
     if not check:
-        figures = "; ".join(
-            output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.0e}"
-            for output in check.outputs
-            if not output
-        )
-        raise ExportError(
-            f"the {manifest.precision} bundle does not answer as PyTorch does ({figures}). Nothing was written; "
-            "to keep such a bundle and find the layer with 'edgekit verify --layers', export with --no-check; for a "
-            "model known to be this sensitive to rounding, with a larger --tolerance"
-        )
+        raise ExportError(why_refused(bundle, plan.loaded, check))
     return check
 
 
 def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | None) -> Manifest:
+    recorded = {} if tolerance is None else {"tolerance": float(tolerance)}
     if check is None:
-        return replace(manifest, verification={"checked": False})
+        return replace(manifest, verification={"checked": False, **recorded})
     outputs = [
         {"name": o.name, "max_abs": o.max_abs, "rel_l2": o.rel_l2, "cosine": o.cosine, "psnr_db": o.psnr_db,
          "top1_agreement": o.top1_agreement, "tolerance": o.tolerance}
         for o in check.outputs
     ]  # fmt: skip
     figures = {"checked": True, "against": check.against, "inputs": check.inputs, "outputs": outputs}
-    if tolerance is not None:
-        figures["tolerance"] = float(tolerance)
+    figures |= recorded
     return replace(manifest, verification=finite(figures))
 
 

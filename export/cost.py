@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from edgekit.errors import InputError, MissingDependencyError
-from edgekit.export.data import digits
+from edgekit.export.data import load_labelled
 from edgekit.export.source import LoadedModel
+from edgekit.export.zoo import NAMED
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import Dataset
 from edgekit.runtime.profiler import ProfileComparison, profile_pair
 from edgekit.runtime.session import load
-from edgekit.runtime.verification import batch_size, classify, finite, measure_accuracy, score_output
+from edgekit.runtime.verification import (
+    batch_size,
+    classify,
+    finite,
+    measure_accuracy,
+    score_output,
+    share_correct,
+)
 
 
 def measure_cost(loaded: LoadedModel, reference: Bundle, reduced: Bundle, data: Dataset | None) -> dict[str, Any]:
     """What a lower precision costs in accuracy and gains in time here, as measured, with a verdict in words."""
-    timing = profile_pair(reference, reduced, ops=False, max_seconds=3.0)
+    timing = profile_pair(reference, reduced, sizes=_sizes(reduced), ops=False, max_seconds=3.0)
     precision = reduced.manifest.precision
     cost: dict[str, Any] = {
         "size_ratio": reduced.size_of_model / reference.size_of_model,
@@ -30,6 +36,14 @@ def measure_cost(loaded: LoadedModel, reference: Bundle, reduced: Bundle, data: 
     elif data is not None:
         cost["agreement"] = _agreement(reference, reduced, data)
     return finite(cost)  # type: ignore[no-any-return]
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    """The dynamic sizes of the first stored sample: both bundles are timed at these, whatever the other one stores."""
+    inputs = next(iter(bundle.samples()), ({}, {}))[0]
+    shapes = [(spec.shape, inputs[spec.name].shape) for spec in bundle.manifest.inputs if spec.name in inputs]
+    pairs = [pair for dims, shape in shapes for pair in zip(dims, shape, strict=True)]
+    return {dim: size for dim, size in pairs if isinstance(dim, str)}
 
 
 def _speed(timing: ProfileComparison, precision: str) -> dict[str, Any]:
@@ -55,20 +69,21 @@ def _speed(timing: ProfileComparison, precision: str) -> dict[str, Any]:
 
 def _accuracy(loaded: LoadedModel, reference: Bundle, reduced: Bundle) -> dict[str, Any] | None:
     """Accuracy of PyTorch and both bundles on the data set that the model's shipped weights were trained for."""
-    entry, spec = loaded.entry, reference.manifest.inputs[0]
-    if entry is None or entry.dataset != "digits" or loaded.weights.source != "shipped" or spec.preprocessing is None:
-        return None
-    try:
-        data = digits("test", spec.name, spec.preprocessing)
-    except MissingDependencyError:  # scikit-learn is not installed: the report then tells agreement instead
+    entry, manifest = loaded.entry, reference.manifest
+    if entry is None or entry.dataset not in NAMED or loaded.weights.source != "shipped":
         return None
     session = load(reference, kernels="portable")
-    predicted = classify(
-        loaded.runner([spec.name for spec in reference.manifest.outputs]), data, output=score_output(session)
-    )
+    try:
+        data = load_labelled(entry.dataset, manifest.inputs, manifest.dims, manifest.labels, entry=entry)
+        output = score_output(session)
+    except (InputError, MissingDependencyError):
+        # No labelled data, no class scores, or no scikit-learn here: the report then tells agreement instead.
+        return None
+    run = loaded.runner([spec.name for spec in manifest.outputs])
+    predicted = classify(run, data, output=output, batch=batch_size(session))
     return {
         "data": data.source,
-        "pytorch": float(np.mean(predicted == data.labels)),
+        "pytorch": share_correct(predicted, data),
         "fp32": measure_accuracy(session, data).bundle,
         reduced.manifest.precision: measure_accuracy(load(reduced, kernels="portable"), data).bundle,
     }
@@ -83,4 +98,4 @@ def _agreement(reference: Bundle, reduced: Bundle, data: Dataset) -> dict[str, A
         return None
     size = batch_size(full)
     same = classify(full.run, data, output=output, batch=size) == classify(small.run, data, output=output, batch=size)
-    return {"data": f"{data.source} (calibration data, no labels used)", "items": len(data), "top1": float(same.mean())}
+    return {"data": f"{data.source} (calibration data, no labels used)", "items": len(same), "top1": float(same.mean())}

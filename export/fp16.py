@@ -47,9 +47,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert to half precision; inputs and outputs keep their dtype.
 
     Fp32 remain: `FP32_OPS`; products of two activations (attention scores, the states of linear attention), which sum
-    over tokens; and sums and products of elements that only these read. Products with weights are fp16: runtimes
-    accumulate those in fp32 (onnxruntime on x86 runs them in fp32 altogether; TensorRT and Core ML decide by their own
-    settings). edgekit's own ops take and give fp16 and compute in fp32 inside, in every form of theirs.
+    over tokens; scatters that add, for which onnxruntime has no other kernels; and sums and products of elements that
+    only these read. Products with weights are fp16: runtimes accumulate those in fp32 (onnxruntime on x86 runs them in
+    fp32 altogether; TensorRT and Core ML decide by their own settings). edgekit's own ops take and give fp16 and
+    compute in fp32 inside, in every form of theirs.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
@@ -80,8 +81,9 @@ def _fp32_nodes(graph: onnx.GraphProto) -> list[str]:
     fp32 = {node.name for node in graph.node if node.op_type in FP32_OPS}
     for node in reversed(graph.node):  # readers come before what they read
         product = node.op_type == "MatMul" and not constants.intersection(node.input)
+        scatter = node.op_type.startswith("Scatter") and any(a.name == "reduction" for a in node.attribute)
         read_by = [reader for name in node.output for reader in readers.get(name, [])]
-        if product or (node.op_type in ELEMENTWISE and read_by and fp32.issuperset(read_by)):
+        if product or scatter or (node.op_type in ELEMENTWISE and read_by and fp32.issuperset(read_by)):
             chosen.append(node.name)
             fp32.add(node.name)
     return chosen

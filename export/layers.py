@@ -18,7 +18,7 @@ from edgekit import models
 from edgekit.errors import NothingToCompareError
 from edgekit.export import onnx as onnx_target
 from edgekit.export.onnx import inner_name
-from edgekit.export.shapes import InputShape, program_shapes
+from edgekit.export.shapes import InputShape, input_shapes, program_shapes
 from edgekit.export.source import LoadedModel
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.compare import compare_arrays
@@ -75,10 +75,7 @@ def _program(bundle: Bundle, loaded: LoadedModel) -> tuple[torch.export.Exported
         program, shapes = loaded.program, program_shapes(loaded.program)
         order = [shape.name for shape in shapes]
     else:
-        shapes = tuple(
-            InputShape(s.name, s.shape, s.dtype, {d: manifest.dims[d] for d in s.shape if isinstance(d, str)})
-            for s in manifest.inputs
-        )
+        shapes = input_shapes(manifest.inputs, manifest.dims)
         program = onnx_target.trace(models.fuse(loaded.module), shapes)
         order = loaded.bind({shape.name: None for shape in shapes})[2]
     names = [spec.name for spec in manifest.outputs]

@@ -19,7 +19,7 @@ import torch
 from edgekit.errors import ExportError, InputError, ShapeError
 from edgekit.export.calling import bind_inputs, first_line
 from edgekit.export.custom_ops import add_functions, translations
-from edgekit.export.shapes import InputShape
+from edgekit.export.shapes import InputShape, input_specs
 from edgekit.runtime.manifest import Dim, DimRange, TensorSpec
 
 DEFAULT_OPSET = 20
@@ -50,7 +50,7 @@ class OnnxExport:
 
 
 def example_inputs(shapes: Sequence[InputShape], *, seed: int = 0, large: bool = False) -> dict[str, torch.Tensor]:
-    """Seeded tensors of these shapes: standard normal floats, integers 0 and 1.
+    """Seeded tensors of these shapes: standard normal floats, indices from all they may be, other integers 0 and 1.
 
     Args:
         large: give each dynamic dimension a size of at least 2 where its range allows, because torch.export takes a
@@ -60,15 +60,18 @@ def example_inputs(shapes: Sequence[InputShape], *, seed: int = 0, large: bool =
         ShapeError: sizes that no memory holds.
     """
     generator = torch.Generator().manual_seed(seed)
+    named = {dim: _example_size(limits, large) for shape in shapes for dim, limits in shape.ranges.items()}
     result = {}
-    for shape in shapes:
-        sizes = [_example_size(shape.ranges[dim], large) if isinstance(dim, str) else dim for dim in shape.dims]
+    for shape, spec in zip(shapes, input_specs(shapes)[0], strict=True):
+        sizes = [named[dim] if isinstance(dim, str) else dim for dim in shape.dims]
+        limit = spec.index_limit(named)
         dtype: torch.dtype = getattr(torch, shape.dtype)
         try:
             if dtype.is_floating_point:
                 result[shape.name] = torch.randn(sizes, generator=generator).to(dtype)
             else:
-                result[shape.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+                high = 2 if limit is None else min(limit, torch.iinfo(dtype).max)
+                result[shape.name] = torch.randint(0, high, sizes, generator=generator).to(dtype)
         except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # torch's words for what is too large
             raise ShapeError(f"cannot make an input of {shape}: {first_line(error)}; choose smaller sizes") from error
     return result
@@ -172,7 +175,8 @@ def convert(
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """onnxsim's result where it is smaller and adds no reshapes, otherwise the model as it was.
 
-    On dynamic shapes onnxsim may turn one MatMul and Add into Reshape, Gemm and Reshape; such a result is not kept.
+    On dynamic shapes onnxsim may turn one MatMul and Add into Reshape, Gemm and Reshape; such a result is not kept. It
+    may also lose the names of dynamic sizes of inputs and outputs, which are put back.
     """
     simplified: onnx.ModelProto
     try:
@@ -184,6 +188,10 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     if _count(simplified, "Reshape") > _count(model, "Reshape"):
         return model
+    for tensors, named in ((simplified.graph.input, model.graph.input), (simplified.graph.output, model.graph.output)):
+        types = {item.name: item for item in named}
+        for item in tensors:
+            item.CopyFrom(types[item.name])
     return simplified
 
 
@@ -256,7 +264,7 @@ def _name_dims(model: onnx.ModelProto, shapes: Sequence[InputShape]) -> None:
 def _specs(model: onnx.ModelProto, shapes: Sequence[InputShape]) -> Iterator[TensorSpec]:
     for value, shape in zip(model.graph.input, shapes, strict=True):
         layout = "NCHW" if len(shape.dims) == 4 else None
-        yield TensorSpec(value.name, _dtype(value), _dims(value), layout)
+        yield TensorSpec(value.name, _dtype(value), _dims(value), layout, index_of=shape.index_of)
 
 
 def _outputs(model: onnx.ModelProto) -> Iterator[TensorSpec]:

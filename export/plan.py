@@ -47,7 +47,7 @@ def make_plan(
     elif shapes is not None:
         parsed = parse_shapes(shapes)
     else:
-        parsed = (defaults.shape,) if defaults.shape is not None else ()
+        parsed = defaults.shapes
     if not parsed:
         raise ShapeError(
             f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"

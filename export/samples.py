@@ -14,6 +14,8 @@ from edgekit.export import onnx as onnx_target
 from edgekit.export.calling import tensor_leaves
 from edgekit.export.data import digits
 from edgekit.export.plan import Plan
+from edgekit.export.shapes import input_specs
+from edgekit.export.zoo import example_arrays
 from edgekit.runtime.bundle import Samples
 from edgekit.runtime.datasets import Dataset
 
@@ -21,12 +23,15 @@ SAMPLE_COUNT = 4
 
 
 def samples_of(plan: Plan, names: list[str]) -> Samples:
-    """A few inputs (real ones where the model has a data set) and what the original, unfused model answers."""
+    """A few inputs (real ones where the model has data) and what the original, unfused model answers."""
     plan.step("store samples")
     return record_answers(plan, names, _sample_inputs(plan))
 
 
 def record_answers(plan: Plan, names: Sequence[str], items: Sequence[Mapping[str, torch.Tensor]]) -> Samples:
+    """What the original model answers to each item; to the first alone where their sizes differ and do not stack."""
+    if len({tuple(tensor.shape for tensor in item.values()) for item in items}) > 1:
+        items = items[:1]
     inputs: dict[str, list[np.ndarray[Any, Any]]] = {}
     outputs: dict[str, list[np.ndarray[Any, Any]]] = {}
     for tensors in items:
@@ -52,7 +57,12 @@ def batch_size(plan: Plan) -> int:
 
 
 def _sample_inputs(plan: Plan) -> list[dict[str, torch.Tensor]]:
-    drawn = [onnx_target.example_inputs(plan.shapes, seed=plan.seed + index) for index in range(SAMPLE_COUNT)]
+    loaded, (specs, dims) = plan.loaded, input_specs(plan.shapes)
+    seeds = [plan.seed + index for index in range(SAMPLE_COUNT)]
+    real = [example_arrays(loaded.entry, loaded.options, specs, dims, seed=seed) for seed in seeds]
+    if arrays := [item for item in real if item is not None]:
+        return [{name: torch.from_numpy(array) for name, array in item.items()} for item in arrays]
+    drawn = [onnx_target.example_inputs(plan.shapes, seed=seed) for seed in seeds]
     entry = plan.loaded.entry
     if entry is None or entry.dataset != "digits" or plan.preprocessing is None:
         return drawn

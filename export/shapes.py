@@ -1,32 +1,42 @@
-"""The shapes of a model's inputs as people type them: `image:Nx3x224x224 | 1..8`, `ids:1x128@int64`."""
+"""The shapes of a model's inputs as people type them: `image:Nx3x224x224 | 1..8`, `ids:1x128@int64<30522`.
+
+What follows `<` may be a sum: `rows:SxW@int64<V+Q+1`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from edgekit.errors import ShapeError
-from edgekit.runtime.manifest import DTYPES, Dim, DimRange
+from edgekit.runtime.manifest import DTYPES, Dim, DimRange, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 _EXAMPLE = "write NAME:1x3x224x224, or NAME:Nx3x224x224 | 1..8 for a dynamic batch"
+_NAME = r"[A-Za-wyz_][A-Za-wyz0-9_]*"  # of a dynamic dimension: an x stands between dimensions
 
 
 @dataclass(frozen=True)
 class InputShape:
-    """One input: `dims` are sizes or the names of dynamic dimensions, whose `ranges` include both ends."""
+    """One input: `dims` are sizes or the names of dynamic dimensions, whose `ranges` include both ends.
+
+    `index_of` is for integers that point into something, as in `TensorSpec`: they lie below the size of the dimension
+    of that name, which may be another input's, or below the number written there, or below a sum of such.
+    """
 
     name: str
     dims: tuple[Dim, ...]
     dtype: str = "float32"
     ranges: dict[str, DimRange] = field(default_factory=dict)
+    index_of: str | None = None
 
     def __str__(self) -> str:
         suffix = "" if self.dtype == "float32" else f"@{self.dtype}"
+        suffix += "" if self.index_of is None else f"<{self.index_of}"
         ranges = ", ".join(f"{name}={limits}" for name, limits in self.ranges.items())
         return f"{self.name}:{'x'.join(map(str, self.dims))}{suffix}" + (f" | {ranges}" if ranges else "")
 
@@ -34,23 +44,41 @@ class InputShape:
 def parse_shape(text: str) -> InputShape:
     """Parse one input's shape. Raises `ShapeError` that shows the right form."""
     body, _, limits = text.partition("|")
-    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*:\s*(\w+)\s*(?:@\s*(\w+))?\s*", body, re.ASCII)
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*:\s*(\w+)\s*(?:@\s*(\w+))?\s*(?:<\s*([\w+\s]+))?", body, re.ASCII)
     if not match:
         raise ShapeError(f"cannot read the shape {text!r}; {_EXAMPLE}")
     name, dims_text, dtype = match[1], match[2], match[3] or "float32"
+    index_of = match[4] and re.sub(r"\s*\+\s*", "+", match[4].strip())
     if dtype not in DTYPES:
         raise ShapeError(f"unknown dtype {dtype!r} in {text!r}; one of {', '.join(DTYPES)}")
+    if index_of is not None:
+        _check_index(index_of, dtype, text)
     dims: list[Dim] = []
     for part in dims_text.split("x"):
         if part.isdigit():
             if int(part) < 1:
                 raise ShapeError(f"dimension {part} in {text!r} must be at least 1")
             dims.append(int(part))
-        elif re.fullmatch(r"[A-Za-wyz_][A-Za-wyz0-9_]*", part):
+        elif re.fullmatch(_NAME, part):
             dims.append(part)
         else:
             raise ShapeError(f"cannot read dimension {part!r} in {text!r}; {_EXAMPLE}")
-    return InputShape(name, tuple(dims), dtype, _parse_ranges(text, limits, dims))
+    return InputShape(name, tuple(dims), dtype, _parse_ranges(text, limits, dims), index_of)
+
+
+def _check_index(index_of: str, dtype: str, text: str) -> None:
+    """Raise unless integers may point into `index_of`; whether there are such dimensions, `parse_shapes` sees."""
+    if "int" not in dtype:
+        raise ShapeError(f"{text!r} has <{index_of}, which is for indices, and {dtype} values; write @int64<{index_of}")
+    for term in index_of.split("+"):
+        if term.isdigit():
+            if not re.fullmatch(r"[1-9][0-9]{0,17}", term):
+                raise ShapeError(f"<{index_of} in {text!r} must be a number of at least 1, with no zero in front")
+        elif not re.fullmatch(_NAME, term):
+            raise ShapeError(
+                f"cannot read <{index_of} in {text!r}; write a number, the name of a dynamic dimension, or a sum of "
+                "such, as in V+1"
+            )
 
 
 def parse_shapes(texts: str | Sequence[str]) -> tuple[InputShape, ...]:
@@ -67,9 +95,29 @@ def parse_shapes(texts: str | Sequence[str]) -> tuple[InputShape, ...]:
                 raise ShapeError(f"dimension {dim} has two ranges: {ranges[dim]} and {limits}")
             if stated or dim not in ranges:
                 ranges[dim] = limits
+    for shape in shapes:
+        for term in shape.index_of.split("+") if shape.index_of is not None else ():
+            if not term.isdigit() and term not in ranges:
+                known = ", ".join(ranges) or "none"
+                raise ShapeError(
+                    f"the values of {shape} point into {term}, which no input has as a dynamic dimension (there are: "
+                    f"{known}); write the name of one, or a number"
+                )
+    return tuple(replace(shape, ranges={dim: ranges[dim] for dim in shape.ranges}) for shape in shapes)
+
+
+def input_shapes(specs: Sequence[TensorSpec], dims: Mapping[str, DimRange]) -> tuple[InputShape, ...]:
+    """What a bundle's manifest says of its inputs, as the shapes that it was exported with."""
     return tuple(
-        InputShape(shape.name, shape.dims, shape.dtype, {dim: ranges[dim] for dim in shape.ranges}) for shape in shapes
+        InputShape(s.name, s.shape, s.dtype, {d: dims[d] for d in s.shape if isinstance(d, str)}, s.index_of)
+        for s in specs
     )
+
+
+def input_specs(shapes: Sequence[InputShape]) -> tuple[tuple[TensorSpec, ...], dict[str, DimRange]]:
+    """The same the other way: the specs of a manifest's inputs, and the ranges of their dimensions."""
+    specs = tuple(TensorSpec(s.name, s.dtype, s.dims, index_of=s.index_of) for s in shapes)
+    return specs, {name: limits for shape in shapes for name, limits in shape.ranges.items()}
 
 
 def program_shapes(program: torch.export.ExportedProgram) -> tuple[InputShape, ...]:

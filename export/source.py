@@ -23,6 +23,7 @@ from edgekit.errors import ExportError, InputError, ShapeError, UnknownNameError
 from edgekit.export.calling import bind_inputs, first_line, tensor_leaves
 from edgekit.export.data import image_preprocessing
 from edgekit.export.shapes import InputShape
+from edgekit.export.zoo import default_shapes
 from edgekit.models.registry import ModelEntry
 from edgekit.runtime.manifest import Manifest, ModelInfo, WeightsInfo
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -31,9 +32,9 @@ from edgekit.runtime.session import Array
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model brings along and the caller may override: its input, how an image becomes it, its classes."""
+    """What a model brings along and the caller may override: its inputs, how an image becomes one, its classes."""
 
-    shape: InputShape | None = None
+    shapes: tuple[InputShape, ...] = ()
     preprocessing: ImagePreprocessing | None = None
     labels: tuple[str, ...] | None = None
 
@@ -174,9 +175,16 @@ def reload_model(
 
 
 def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[str, Any]) -> LoadedModel:
+    """A zoo model. Without `weights`: the shipped ones where there are any and they fit the options, else random."""
     entry = models.model_entry(name)
-    if weights is None and entry.weights is not None and "num_classes" not in options:
-        module = models.create_model(name, **options)
+    module = None
+    if weights is None and entry.weights is not None:
+        try:
+            module = models.create_model(name, **options)
+        except WeightsError:
+            if not entry.changed(options):
+                raise
+    if module is not None:
         origin = WeightsInfo("shipped", "")
     elif weights is None or str(weights) == "random":
         module = models.create_model(name, weights="random", seed=seed, **options)
@@ -186,11 +194,8 @@ def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[st
         module = models.create_model(name, weights=weights, **options)
         origin = WeightsInfo("file", "", file=Path(weights).name)
     loaded = _from_module(name, f"zoo:{name}", module)
-    defaults = Defaults(
-        InputShape(entry.input.name, (1, entry.input.channels, entry.input.size, entry.input.size)),
-        image_preprocessing(entry),
-        None if "num_classes" in options else entry.labels,
-    )
+    labels = None if "num_classes" in entry.changed(options) else entry.labels
+    defaults = Defaults(default_shapes(entry, options), image_preprocessing(entry), labels)
     origin = replace(origin, sha256=loaded.weights.sha256)
     return replace(loaded, weights=origin, defaults=defaults, entry=entry, options=dict(options))
 
@@ -304,7 +309,8 @@ def _from_folder(path: Path) -> LoadedModel:
     pretrained = load_pretrained(path)
     name = path.resolve().name
     loaded = _from_module(name, f"huggingface:{name}", pretrained.module)
-    defaults = Defaults(pretrained.shape, pretrained.preprocessing, pretrained.labels)
+    shapes = (pretrained.shape,) if pretrained.shape is not None else ()
+    defaults = Defaults(shapes, pretrained.preprocessing, pretrained.labels)
     return replace(loaded, weights=replace(loaded.weights, source="folder", file=name), defaults=defaults)
 
 

@@ -7,12 +7,13 @@ fused, every function scheduled by `tvm_schedule`, LLVM.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgekit.custom_ops.registry import DOMAIN, VERSION
 from edgekit.errors import ExportError, ShapeError
 from edgekit.export.calling import first_line
 from edgekit.export.onnx import quiet
-from edgekit.export.shapes import InputShape
+from edgekit.export.shapes import InputShape, input_specs
 from edgekit.export.tvm_ops import KernelCalls, ServedNode, used_ops
 from edgekit.export.tvm_schedule import Registers, schedule_module
 from edgekit.kernels.native.toolchain import KernelBuildError, find_toolchain, run
@@ -149,7 +150,7 @@ def convert(
         raise
     except Exception as error:  # TVM's passes raise errors of many kinds, none with a common base of its own
         raise ExportError(f"TVM cannot compile the model for {arch.name}: {first_line(error)}") from error
-    inputs = tuple(TensorSpec(s.name, s.dtype, s.dims, "NCHW" if len(s.dims) == 4 else None) for s in shapes)
+    inputs = tuple(replace(spec, layout="NCHW" if len(spec.shape) == 4 else None) for spec in input_specs(shapes)[0])
     outputs = _outputs(program, shapes, names)
     return TvmExport(executable, arch, inputs, outputs, ops, tuple(calls.uses), tuning)
 
@@ -202,7 +203,9 @@ def _optimize(mod: tvm.IRModule) -> tvm.IRModule:
     passes = relax.transform
     mod = passes.CanonicalizeBindings()(mod)
     mod = passes.DecomposeOpsForInference()(mod)
-    mod = passes.ConvertLayout(_LAYOUTS)(mod)
+    # The layout is for speed alone, and the pass gives up on some graphs (std::bad_alloc on DynamicVis).
+    with contextlib.suppress(tvm.error.InternalError):
+        mod = passes.ConvertLayout(_LAYOUTS)(mod)
     mod["main"] = _FoldTransposes(mod).visit_expr(mod["main"])
     return tvm.transform.Sequential(
         [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tvm import IRModule, relax, tirx
+from tvm import IRModule, relax, te, tirx
 
 from edgekit.custom_ops.block_sparse_attention import contract
 from edgekit.custom_ops.registry import DOMAIN, OPS
@@ -63,7 +63,8 @@ class KernelCalls:
 
     def converters(self) -> dict[str, Callable[[torch.fx.Node, Any], Any]]:
         """The `custom_convert_map` of `from_exported_program`: torch's name of each op -> its converter."""
-        return {f"{op.folder}.default": self._converter(op.name, _CALLS[op.folder]) for op in OPS}
+        ours = {f"{op.folder}.default": self._converter(op.name, _CALLS[op.folder]) for op in OPS}
+        return {**ours, "index_put.default": _index_put, "index_select.default": _index_select}
 
     def _converter(self, op: str, describe: Callable[..., _Call]) -> Callable[[torch.fx.Node, Any], Any]:
         def convert(node: torch.fx.Node, importer: Any) -> Any:
@@ -106,6 +107,36 @@ class KernelCalls:
             function = make().without_attr("global_symbol").with_attr({SCHEDULED: True, "op_pattern": _OPAQUE})
             self._functions[key] = builder.add_func(function, key[0])
         return self._functions[key]
+
+
+def _index_put(node: torch.fx.Node, importer: Any) -> Any:
+    """Rows of a tensor set or added to by one list of indices, which TVM's own importer refuses: ONNX's ScatterND."""
+    tensor, indices, values, *rest = importer.retrieve_args(node)
+    if len(indices) != 1 or tensor.ty.ndim == 1 or indices[0] is None or "int" not in str(indices[0].ty.dtype):
+        return importer._index_put(node)  # masks among them
+    builder = importer.block_builder
+    row, *rest_of_shape = importer.shape_of(tensor)
+    rows = builder.emit_te(_from_the_end, indices[0], row)
+    # ScatterND would read past the end of values that torch repeats.
+    values = builder.emit(relax.op.broadcast_to(values, [*importer.shape_of(indices[0]), *rest_of_shape]))
+    rows = builder.emit(relax.op.expand_dims(rows, -1))
+    return builder.emit(relax.op.scatter_nd(tensor, rows, values, "add" if rest and rest[0] else "update"))
+
+
+def _from_the_end(indices: te.Tensor, size: Any) -> te.Tensor:
+    """`indices` with those below 0 counted from the end, as torch reads them."""
+
+    def row(*at: Any) -> Any:
+        index = indices[at]
+        return tirx.if_then_else(index < 0, index + tirx.Cast(indices.dtype, size), index)
+
+    return te.compute(indices.shape, row, name="from_the_end")
+
+
+def _index_select(node: torch.fx.Node, importer: Any) -> Any:
+    """As TVM's own importer has it, but an index out of range reads the nearest row, not memory behind the tensor."""
+    tensor, axis, indices = importer.retrieve_args(node)
+    return importer.block_builder.emit(relax.op.take(tensor, indices, axis, mode="clip"))
 
 
 def _arguments(node: torch.fx.Node) -> dict[str, Any]:

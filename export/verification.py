@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekit.errors import EdgekitError, InputError, NothingToCompareError
-from edgekit.runtime.bundle import Bundle
+from edgekit.errors import (
+    EdgekitError,
+    InputError,
+    MissingDependencyError,
+    NothingToCompareError,
+    UnknownNameError,
+)
+from edgekit.runtime.bundle import Bundle, Samples
 from edgekit.runtime.kernel_library import kernel_uses
-from edgekit.runtime.manifest import DimRange
+from edgekit.runtime.manifest import DimRange, Manifest
 from edgekit.runtime.session import Array, Session, load, random_inputs
 from edgekit.runtime.verification import (
     Accuracy,
@@ -27,6 +33,7 @@ from edgekit.runtime.verification import (
     classify,
     measure_accuracy,
     score_output,
+    share_correct,
     tolerance_for,
     verify_samples,
 )
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgekit.export.source import LoadedModel
+    from edgekit.models.registry import ModelEntry
 
 FRESH_INPUTS = 4
 # Fresh inputs must not repeat the stored samples, whose seeds count up from the export's seed.
@@ -178,31 +186,111 @@ def _mix(first: Array, second: Array, weight: np.float32) -> Array:
 
 def _check_live(session: Session, loaded: LoadedModel, count: int, tolerance: float) -> Check:
     run = loaded.runner([spec.name for spec in session.outputs])
-    pairs = ((arrays, run(arrays)) for arrays in fresh_inputs(session, count))
+    fresh = example_inputs(session, loaded, count) or fresh_inputs(session, count)
+    pairs = ((arrays, run(arrays)) for arrays in fresh)
     return check_outputs("live PyTorch on fresh inputs", pairs, session.run, tolerance)
 
 
 def check_other_sizes(session: Session, loaded: LoadedModel, tolerance: float) -> Check | None:
-    """Compare on fresh inputs of several sizes; the stored samples all have the smallest.
+    """Compare on fresh inputs of several sizes; the stored samples all have one.
 
-    None where the model takes none of the sizes: they are drawn independently of each other.
+    None where the model takes none of the sizes: they are drawn independently of each other. A lower precision than
+    fp32 may not hold on drawn values that its model never sees; a model with data of its own is then asked on those.
     """
     run = loaded.runner([spec.name for spec in session.outputs])
     pairs = []
-    for arrays in fresh_inputs(session, FRESH_INPUTS):
+    own = example_inputs(session, loaded, FRESH_INPUTS)
+    drawn = not own or session.bundle.manifest.precision == "fp32"
+    for arrays in (*own, *(fresh_inputs(session, FRESH_INPUTS) if drawn else ())):
         with contextlib.suppress(Exception):  # whatever the user's forward raises on sizes that do not fit together
             pairs.append((arrays, run(arrays)))
     return check_outputs("live PyTorch on other sizes", iter(pairs), session.run, tolerance) if pairs else None
+
+
+def why_refused(bundle: Bundle, loaded: LoadedModel, check: Check) -> str:
+    """Why an export is refused, and what to do: it depends on how much rounding moves PyTorch's own answer."""
+    precision = bundle.manifest.precision
+    figures = "; ".join(
+        output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.2g}"
+        for output in check.outputs
+        if not output
+    )
+    moves = own_sensitivity(bundle.samples(), loaded, precision)
+    sensitive = "a model known to be this sensitive to rounding takes a larger --tolerance"
+    if moves is not None:
+        sensitive = (
+            f"PyTorch's own answer moves by {moves:.1e} when its input changes by one rounding of {precision}: if that "
+            "is as much, the model is this sensitive to rounding, and a larger --tolerance says so"
+        )
+    return (
+        f"the {precision} bundle does not answer as PyTorch does ({figures}). Nothing was written; {sensitive}. "
+        "Otherwise keep the bundle with --no-check and find the layer with 'edgekit verify --layers'"
+    )
+
+
+def own_sensitivity(samples: Samples, loaded: LoadedModel, precision: str = "fp32") -> float | None:
+    """How much PyTorch's own outputs move when the inputs are changed by about one rounding of `precision`.
+
+    The largest relative L2 change of an output over the samples: no runtime can be expected to agree better than this.
+    None where no input holds floats.
+    """
+    if not any(np.issubdtype(array.dtype, np.floating) for array in samples.inputs.values()):
+        return None
+    run = loaded.runner(list(samples.outputs))
+    generator = np.random.default_rng(FRESH_SEED)
+    largest = 0.0
+    for inputs, expected in samples:
+        moved = {name: _moved(array, precision, generator) for name, array in inputs.items()}
+        for name, answer in run(moved).items():
+            before = expected[name].astype(np.float64)
+            change = np.linalg.norm(answer - before) / max(float(np.linalg.norm(before)), np.finfo(np.float64).tiny)
+            largest = float(np.maximum(largest, change))  # NaN stays NaN
+    return largest
+
+
+def _moved(array: Array, precision: str, generator: np.random.Generator) -> Array:
+    """Floats changed by a unit in the last place of `precision`; for int8 by half a step of 255 over their range."""
+    if not np.issubdtype(array.dtype, np.floating) or not array.size:
+        return array
+    if precision == "int8":
+        step = (array.max() - array.min()) / 255
+        moved = array + step * generator.uniform(-0.5, 0.5, array.shape)
+    else:
+        unit = float(np.finfo(np.float16 if precision == "fp16" else np.float32).eps)
+        moved = array * (1 + unit * generator.standard_normal(array.shape))
+    return np.asarray(moved, array.dtype)
 
 
 def _accuracy(session: Session, loaded: LoadedModel | None, source: str | Path) -> Accuracy:
     from edgekit.export.data import load_labelled
 
     manifest = session.bundle.manifest
-    data = load_labelled(source, session.inputs, manifest.labels)
+    entry = loaded.entry if loaded is not None else _zoo_entry(manifest)
+    data = load_labelled(source, session.inputs, manifest.dims, manifest.labels, entry=entry)
     accuracy = measure_accuracy(session, data)
     if loaded is None:
         return accuracy
     run = loaded.runner([spec.name for spec in session.outputs])
     predicted = classify(run, data, output=score_output(session), batch=batch_size(session))
-    return replace(accuracy, pytorch=float(np.mean(predicted == data.labels)))
+    return replace(accuracy, pytorch=share_correct(predicted, data))
+
+
+def _zoo_entry(manifest: Manifest) -> ModelEntry | None:
+    """The zoo model that a bundle was made of; None where it is none, or where the zoo cannot be asked here."""
+    from edgekit.models import model_entry
+
+    kind, _, name = manifest.model.source.partition(":")
+    try:
+        return model_entry(name) if kind == "zoo" else None
+    except (MissingDependencyError, UnknownNameError):
+        return None
+
+
+def example_inputs(session: Session, loaded: LoadedModel, count: int) -> list[dict[str, Array]]:
+    """Fresh inputs from a zoo model's own data, none where it has none for the shapes of this bundle."""
+    from edgekit.export.zoo import example_arrays
+
+    dims = session.bundle.manifest.dims
+    seeds = [FRESH_SEED + index for index in range(count)]
+    found = [example_arrays(loaded.entry, loaded.options, session.inputs, dims, seed=seed) for seed in seeds]
+    return [arrays for arrays in found if arrays is not None]

@@ -11,17 +11,18 @@ import inspect
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from edgekit.errors import EdgekitError, MissingDependencyError, UnknownNameError, WeightsError
+from edgekit.errors import EdgekitError, InputError, MissingDependencyError, UnknownNameError, WeightsError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from numpy.typing import NDArray
     from torch import nn
 
-FAMILIES = ("shvit", "care")
+FAMILIES = ("shvit", "care", "dynamicvis", "lighthgnn")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -44,17 +45,50 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class TensorInput:
+    """One input of a model that takes no images.
+
+    `dims` holds sizes, names of the factory's keyword parameters, which stand for their values (`num_features`), and
+    names of dynamic dimensions (`V`). `index_of` names the dimension that integers point into: they lie in 0..V-1. It
+    may be a number or a sum too: `V+Q+1`.
+    """
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: Literal["float32", "int64"] = "float32"
+    index_of: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """What a model without images wants to see. `unit` is what one row of the first input stands for, such as vertex.
+
+    `examples(seed, **overrides)` gives inputs that make sense to the model, by name and as numpy arrays with the dtypes
+    of `tensors`: real data where the model has a data set. Different seeds give different data; sizes may differ.
+    `labelled()` gives labelled inputs of that data set for one run, and the class of each row of the first output,
+    int64 `[rows]`, -1 where a row is not to be counted.
+    """
+
+    tensors: tuple[TensorInput, ...]
+    unit: str
+    examples: Callable[..., dict[str, NDArray[Any]]]
+    labelled: Callable[[], tuple[dict[str, NDArray[Any]], NDArray[Any]]] | None = None
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """A registered model.
 
-    `parameters` and `macs` (multiply-accumulates for one image of `input.size`) count the model as trained, before
-    `fuse`. `dataset` names the data that the shipped `weights` (a file in `models/pretrained`) were trained on.
+    `parameters` and `macs` count the model as trained, before `fuse`: multiply-accumulates for one image of
+    `input.size`, or for one row of the first of `TensorInputs`. `dataset` names the data that the shipped `weights` (a
+    file in `models/pretrained`) were trained on. `tolerance`: the relative L2 error that an fp32 bundle may have, for a
+    model that answers with larger differences itself when its input changes in the last bit; None: the usual one.
     """
 
     name: str
     family: str
     factory: Callable[..., nn.Module]
-    input: ImageInput
+    input: ImageInput | TensorInputs
     num_classes: int
     parameters: int
     macs: int
@@ -63,6 +97,17 @@ class ModelEntry:
     dataset: str | None = None
     weights: str | None = None
     labels: tuple[str, ...] | None = None
+    tolerance: float | None = None
+
+    def arguments(self, overrides: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """The keyword parameters of the factory and their values: the defaults, or what `overrides` says."""
+        defaults = {name: item.default for name, item in inspect.signature(self.factory).parameters.items()}
+        return defaults | dict(overrides or {})
+
+    def changed(self, overrides: Mapping[str, object]) -> list[str]:
+        """The names in `overrides` whose values are not the factory's own."""
+        defaults = self.arguments()
+        return [name for name, value in overrides.items() if name not in defaults or value != defaults[name]]
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
@@ -72,7 +117,7 @@ Factory = TypeVar("Factory", bound="Callable[..., nn.Module]")
 def register_model(
     *,
     family: str,
-    input: ImageInput,
+    input: ImageInput | TensorInputs,
     num_classes: int,
     parameters: int,
     macs: int,
@@ -81,6 +126,7 @@ def register_model(
     dataset: str | None = None,
     weights: str | None = None,
     labels: tuple[str, ...] | None = None,
+    tolerance: float | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register the decorated function under its own name. Its keyword parameters are what `create_model` accepts.
 
@@ -96,7 +142,19 @@ def register_model(
                 f"{factory.__module__}; rename one"
             )
         _ENTRIES[name] = ModelEntry(
-            name, family, factory, input, num_classes, parameters, macs, paper, summary, dataset, weights, labels
+            name,
+            family,
+            factory,
+            input,
+            num_classes,
+            parameters,
+            macs,
+            paper,
+            summary,
+            dataset,
+            weights,
+            labels,
+            tolerance,
         )
         return factory
 
@@ -138,7 +196,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         weights: a file, or a directory that holds one weights file. None: the shipped weights where the model has
-            them, otherwise the authors' initialisation. "random": always the initialisation.
+            them, otherwise the authors' initialisation. "random": always the initialisation. Shipped weights also serve
+            a model with changed overrides, where they fit it.
         seed: of the initialisation. The global random state is left as it was.
         overrides: keyword parameters of the model's factory, such as `num_classes`, `in_chans`, `distillation`.
 
@@ -146,28 +205,31 @@ def create_model(
         UnknownNameError: no model has this name.
         EdgekitError: an override that the model does not take; the message lists those it takes.
         ShapeError: an override out of range.
+        InputError, ShapeError: an override of the wrong kind, or out of range.
         WeightsError: the weights cannot be read or do not fit. It never falls back to random weights.
     """
     entry = model_entry(name)
-    accepted = inspect.signature(entry.factory).parameters
+    accepted = entry.arguments()
     unknown = sorted(overrides.keys() - accepted.keys())
     if unknown:
         raise EdgekitError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(accepted)}")
-
-    changed = [key for key, value in overrides.items() if value != accepted[key].default]
-    if weights is None and entry.weights is not None and changed:
-        raise WeightsError(
-            f"the weights that ship with {name} do not fit a changed {', '.join(changed)}; "
-            f'pass a weights file, or weights="random" to start from the initialisation'
-        )
+    for key, value in overrides.items():
+        _check_kind(key, value, accepted[key])
 
     model = _initialised(entry, seed, overrides)
     if weights is None and entry.weights is not None:
-        with resources.as_file(resources.files("edgekit.models") / "pretrained" / entry.weights) as path:
-            _load(model, path)
+        _load_shipped(model, entry, entry.weights, entry.changed(overrides))
     elif weights is not None and weights != "random":
         _load(model, weights)
     return model.eval()
+
+
+def _check_kind(name: str, value: object, default: object) -> None:
+    """Refuse a text for a switch or a number: "no" would switch on. Models check sizes themselves."""
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise InputError(f"{name} is true or false; got {value!r}")
+    if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise InputError(f"{name} is a number, such as {default}; got {value!r}")
 
 
 def _initialised(entry: ModelEntry, seed: int, overrides: dict[str, object]) -> nn.Module:
@@ -177,6 +239,20 @@ def _initialised(entry: ModelEntry, seed: int, overrides: dict[str, object]) -> 
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return entry.factory(**overrides)
+
+
+def _load_shipped(model: nn.Module, entry: ModelEntry, file: str, changed: list[str]) -> None:
+    """Load the shipped weights. `changed` names the options that may make them unfit, for the message."""
+    try:
+        with resources.as_file(resources.files("edgekit.models") / "pretrained" / file) as path:
+            _load(model, path)
+    except WeightsError as error:
+        if not changed:
+            raise
+        raise WeightsError(
+            f"the weights that ship with {entry.name} do not fit a changed {', '.join(changed)}; "
+            f'pass a weights file, or weights="random" to start from the initialisation'
+        ) from error
 
 
 def _load(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from edgekit.models.complexity import count_parameters
 from edgekit.models.digits import SPLIT_SEED, SPLIT_SIZES, digits_batch, enlarge, load_digits_split, normalise
-from edgekit.models.registry import create_model, list_models, model_entry
+from edgekit.models.registry import ImageInput, create_model, list_models, model_entry
 from edgekit.models.weights import state_dict_sha256
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ class Recipe:
     threads: int = 1
 
 
+@runtime_checkable
+class Progressive(Protocol):
+    """A model whose training changes with the epochs, such as DynamicVis, whose routers' noise falls."""
+
+    def set_progress(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch, counted from 0."""
+
+
 @dataclass(frozen=True)
 class Training:
     """A finished run: the model with the weights of its best epoch, in eval mode, and what to write beside them."""
@@ -67,8 +75,9 @@ class Training:
 
 
 def digits_models() -> list[str]:
-    """The registered models that are trained on the digits."""
-    return [name for name in list_models() if model_entry(name).dataset == "digits"]
+    """The registered models that see the digits as images and are trained on them."""
+    entries = [model_entry(name) for name in list_models()]
+    return [entry.name for entry in entries if entry.dataset == "digits" and isinstance(entry.input, ImageInput)]
 
 
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -91,7 +100,7 @@ def train(name: str, recipe: Recipe, log: Callable[[str], None] = print) -> Trai
     images, labels = load_digits_split("train")
     pixels, targets = enlarge(images), torch.from_numpy(labels)
     validation = _part("validation")
-    with _reproducible(recipe.threads):
+    with _reproducible(recipe.threads, recipe.seed):
         generator = torch.Generator().manual_seed(recipe.seed)
         model = create_model(name, weights="random", seed=recipe.seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -99,6 +108,8 @@ def train(name: str, recipe: Recipe, log: Callable[[str], None] = print) -> Trai
         best: tuple[float, float] = (-1.0, -math.inf)
         kept, kept_epoch = model, 0
         for epoch in range(1, recipe.epochs + 1):
+            if isinstance(model, Progressive):
+                model.set_progress(epoch - 1, recipe.epochs)
             loss = _train_epoch(model, optimizer, pixels, targets, generator, recipe)
             schedule.step()
             right, entropy = accuracy(model, *validation)
@@ -207,13 +218,18 @@ def _train_epoch(
 
 
 @contextmanager
-def _reproducible(threads: int) -> Iterator[None]:
-    """Deterministic algorithms and a fixed number of threads, which decides the order of sums; then as before."""
+def _reproducible(threads: int, seed: int) -> Iterator[None]:
+    """Deterministic algorithms, seeded noise and a number of threads, which decides the order of sums; then as before.
+
+    The global generator is for what a model draws in train mode, such as a router's noise.
+    """
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])

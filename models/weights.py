@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,17 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")
 _SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors")
 _WRAPPERS = ("model", "state_dict")
 _SHOWN = 5
+
+
+@runtime_checkable
+class _Adapting(Protocol):
+    """A model that knows other forms of its checkpoints.
+
+    The method takes what a file holds, which may be of another architecture, leaves what it does not know as it is, and
+    raises `WeightsError` for what it knows and cannot use.
+    """
+
+    def adapt_checkpoint(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -55,7 +66,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a weights file into `model`, strictly: every key must be there, fit, and hold finite numbers.
 
     One difference is allowed, as in SHViT's own loader: a linear weight `[O, I]` for a 1x1 convolution `[O, I, 1, 1]`.
-    When anything is refused, the model is left as it was.
+    Others are the model's: where it has a method `adapt_checkpoint`, that takes the tensors of the file by key and
+    gives those to load, renamed from another library's keys or resized to another image. When anything is refused, the
+    model is left as it was.
 
     Args:
         model: changed in place.
@@ -65,6 +78,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         WeightsError: the file cannot be read, or does not fit; the message names the first keys that differ.
     """
     arrived = read_state_dict(path)
+    if isinstance(model, _Adapting):
+        arrived = dict(model.adapt_checkpoint(arrived))
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     for key in expected.keys() & arrived.keys():
         if expected[key].shape == (*arrived[key].shape, 1, 1) and arrived[key].ndim == 2:

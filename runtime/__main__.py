@@ -24,7 +24,7 @@ from edgekit.runtime.kernel_library import KERNELS_HELP
 from edgekit.runtime.profiler import profile, profile_pair
 from edgekit.runtime.report import comparison_lines, profile_lines
 from edgekit.runtime.session import Array, Session, load
-from edgekit.runtime.text import output_lines, prediction_lines, verification_lines
+from edgekit.runtime.text import not_finite_rows, output_lines, prediction_lines, verification_lines
 from edgekit.runtime.verification import finite, verify
 
 
@@ -136,7 +136,7 @@ def _profile(options: argparse.Namespace) -> _Result:
 def _run(options: argparse.Namespace) -> _Result:
     session = load(options.bundle, backend=options.backend, threads=options.threads, kernels=options.kernels)
     data: list[dict[str, Any]] = []
-    lines = [f"note: {session.kernels_note}"] if session.kernels_note else []
+    lines = [f"note: {note}" for note in (session.kernels_note, session.threads_note) if note]
     raw: dict[str, Array] = {}
     for path in map(Path, options.inputs):
         if is_image(path):
@@ -149,6 +149,9 @@ def _run(options: argparse.Namespace) -> _Result:
             outputs = {name: array.tolist() for name, array in answers.items()}
             data.append({"input": str(path), "outputs": outputs})
             lines += output_lines(str(path), answers)
+        if not_finite := not_finite_rows(answers):
+            data[-1]["not_finite"] = not_finite
+            lines += [f"note: {note}" for note in not_finite.values()]
         prefix = f"{path.stem}/" if len(options.inputs) > 1 else ""
         raw |= {f"{prefix}{name}": array for name, array in answers.items()}
     if options.save is not None:

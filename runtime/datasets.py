@@ -35,6 +35,8 @@ class Dataset:
         inputs: arrays by the model's input names, `[N, ...]` each, ready for `Session.run`.
         labels: int64 `[N]`, class indices; None where unknown.
         source: where it came from and how it was read, for reports.
+        whole: the inputs are one run's, such as a graph with its edges, and are never cut: the data set has one item.
+            Labels then name the class of each row of the model's first output, and -1 one that does not count.
 
     Raises:
         InputError: no inputs, no samples, or unequal numbers of samples.
@@ -43,8 +45,13 @@ class Dataset:
     inputs: dict[str, NDArray[Any]]
     labels: NDArray[np.int64] | None
     source: str
+    whole: bool = False
 
     def __post_init__(self) -> None:
+        if self.whole:
+            if not self.inputs or (self.labels is not None and not len(self.labels)):
+                raise InputError(f"{self.source}: expected inputs, and labels of at least one row where there are any")
+            return
         arrays = dict(self.inputs) if self.labels is None else {**self.inputs, "labels": self.labels}
         if scalars := [name for name, array in arrays.items() if array.ndim == 0]:
             raise InputError(f"{self.source}: expected samples along the first axis, got a scalar {scalars[0]!r}")
@@ -56,7 +63,7 @@ class Dataset:
             raise InputError(f"{self.source}: expected as many samples in every array, got {counts}")
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return 1 if self.whole else len(next(iter(self.inputs.values())))
 
     def batches(self, size: int) -> Iterator[Dataset]:
         """Consecutive parts of `size` samples, views of this data set; the last may be smaller.
@@ -66,6 +73,8 @@ class Dataset:
         """
         if size < 1:
             raise InputError(f"expected a batch size of at least 1, got {size}")
+        if self.whole:
+            return iter((self,))
         return (self._pick(slice(start, start + size), self.source) for start in range(0, len(self), size))
 
     def take(self, n: int, seed: int = 0) -> Dataset:
@@ -101,7 +110,9 @@ def load_dataset(
     Args:
         path: one of
             - `.npz`: one array `[N, ...]` per model input, by name, and optionally the class indices `[N]` as
-              `labels`, `label` or `y`. A lone array may have any name if the model has one input;
+              `labels`, `label` or `y`. A lone array may have any name if the model has one input. Where the first axes
+              of the model's inputs count different things, such as vertices and edges, the arrays are one run's inputs
+              as a whole, and the labels are for the rows of its first output, -1 where one does not count;
             - `.npy`: the array of the model's only input;
             - a directory of images, without labels;
             - a directory of class folders with images. A folder stands for the class of `labels` that it is named
@@ -189,23 +200,25 @@ def _from_arrays(arrays: dict[str, NDArray[Any]], path: Path, input_shapes: Mapp
             f"{path}: expected an array for each input ({', '.join(input_shapes)}) and optionally labels, "
             f"got {', '.join(name or 'one array' for name in arrays) or 'no array'}"
         )
+    whole = len({tuple(shape[:1]) for shape in input_shapes.values()}) > 1
     for name, array in inputs.items():
         if array.dtype.kind not in "biuf":
             raise InputError(f"{path}: expected numbers for {name!r}, got {array.dtype}")
         _check_shape(name, array.shape, input_shapes[name], str(path))
         if array.dtype.kind == "f" and np.isnan(array).any():
             sample = int(np.argmax(np.isnan(array).reshape(len(array), -1).any(axis=1)))
-            raise InputError(f"{path}: {name!r} holds NaN, first in sample {sample}; remove it or mend the file")
+            what = "row" if whole else "sample"
+            raise InputError(f"{path}: {name!r} holds NaN, first in {what} {sample}; remove it or mend the file")
     targets = None
     if label_names:
         found = arrays[label_names[0]]
         if found.ndim != 1 or found.dtype.kind not in "iu":
             raise InputError(
-                f"{path}: expected {label_names[0]!r} to hold one integer per sample, [N], "
+                f"{path}: expected {label_names[0]!r} to hold one integer per {'row' if whole else 'sample'}, [N], "
                 f"got {found.dtype} {list(found.shape)}"
             )
         targets = found.astype(np.int64)
-    return Dataset(inputs, targets, str(path))
+    return Dataset(inputs, targets, str(path), whole)
 
 
 def _check_shape(name: str, shape: Sequence[int], wanted: Sequence[int | str | None], origin: str) -> None:
@@ -222,8 +235,11 @@ def _check_labels(dataset: Dataset, labels: Sequence[str] | None) -> None:
     if dataset.labels is None:
         return
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
-    if low < 0 or (labels is not None and high >= len(labels)):
-        allowed = "of at least 0" if labels is None else f"from 0 to {len(labels) - 1}, as the model has classes"
+    least = -1 if dataset.whole else 0
+    if low < least or (labels is not None and high >= len(labels)):
+        allowed = (
+            f"of at least {least}" if labels is None else f"from {least} to {len(labels) - 1}, as the model has classes"
+        )
         raise InputError(f"{dataset.source}: expected labels {allowed}, got {low} to {high}")
 
 

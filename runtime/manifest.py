@@ -1,7 +1,8 @@
 """The manifest of a bundle: what was exported, from what, with which tensors, and which files prove it.
 
 A manifest is plain JSON. Reading one validates every field and never runs code. The schema number rises when an older
-reader would misunderstand a newer file; a reader refuses numbers above its own.
+reader would misunderstand a newer file; a reader refuses numbers above its own. A file gets the lowest number that has
+all its fields, so that older readers take what they can: 2 where an input says what its integers point into, else 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -22,12 +23,14 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
 
 Dim = int | str
 
 _INT64_MAX = 2**63 - 1
+# Fields that came with a later schema: left out where they say nothing, so that older files read and are written alike.
+_OPTIONAL = frozenset({"index_of"})
 # Tabs and line ends may stand in a label; the rest of C0 and C1 could rewrite what a terminal shows.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -48,16 +51,28 @@ class DimRange:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: `shape` holds ints and the names of symbolic dimensions, `layout` letters such as NCHW."""
+    """One input or output: `shape` holds ints and the names of symbolic dimensions, `layout` letters such as NCHW.
+
+    `index_of` is for inputs of integers that point into something: they lie in 0..n-1, where n is the size of the
+    symbolic dimension of that name, or the number written there as text, or a sum of these such as "V+Q+1".
+    """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
     layout: str | None = None
     preprocessing: ImagePreprocessing | None = None
+    index_of: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+        below = "" if self.index_of is None else f" < {self.index_of}"
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]{below}"
+
+    def index_limit(self, sizes: Mapping[str, int]) -> int | None:
+        """One more than the largest value that the input may hold, for these sizes; None where it is no index."""
+        if self.index_of is None:
+            return None
+        return sum(int(term) if term.isdigit() else sizes[term] for term in self.index_of.split("+"))
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON text, with keys in a fixed order, so that equal exports give equal files."""
-        data: dict[str, Any] = {"schema": SCHEMA}
+        data: dict[str, Any] = {"schema": SCHEMA if any(spec.index_of for spec in self.inputs) else 1}
         data.update(_plain(self))
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -203,6 +218,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def _points(spec: TensorSpec, sizes: Set[str]) -> bool:
+    """Whether `index_of` makes sense: a sum of `sizes` and of numbers of at least 1, for integers."""
+    terms = (spec.index_of or "").split("+")
+    known = (re.fullmatch(r"[1-9][0-9]{0,17}", t) is not None if t.isdigit() else t in sizes for t in terms)
+    return "int" in spec.dtype and all(known)
+
+
 def _short(value: object) -> str:
     """`repr`, cut so that a message stays readable whatever an edited manifest holds."""
     cut = reprlib.Repr()
@@ -214,7 +236,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, ImagePreprocessing):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: item for name, item in fields.items() if item is not None or name not in _OPTIONAL}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -258,11 +281,11 @@ class _Reader:
         return BundleError(f"{field} must be {expected}, got {_short(got)}; the bundle was edited")
 
     def _known(self, data: dict[str, Any], cls: type, prefix: str) -> None:
-        """Exactly the fields of `cls`: `to_json` writes them all."""
+        """Exactly the fields of `cls`, as `to_json` writes them."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(data.keys() - fields):
             raise BundleError(f"{self.where}: unknown field {_short(prefix + unknown[0])}; the bundle was edited")
-        if missing := sorted(fields - data.keys()):
+        if missing := sorted(fields - _OPTIONAL - data.keys()):
             raise BundleError(f"{self.where}: field {_short(prefix + missing[0])} is missing; export the bundle again")
 
     def _get(self, data: dict[str, Any], key: str, kind: type, prefix: str = "") -> Any:
@@ -359,6 +382,11 @@ class _Reader:
         names = [spec.name for spec in specs]
         if not specs or len(set(names)) < len(names):
             raise self._bad(key, "a list with at least one tensor, each with a name of its own", names)
+        sizes = {dim for spec in specs for dim in spec.shape if isinstance(dim, str)} if key == "inputs" else set()
+        for index, spec in enumerate(specs):
+            if spec.index_of is not None and not _points(spec, sizes):
+                expected = "a number, a dimension of the inputs or a sum of them, for an input of integers"
+                raise self._bad(f"{key}[{index}].index_of", expected, spec.index_of)
         return tuple(specs)
 
     def _tensor(self, entry: object, prefix: str, dims: dict[str, DimRange] | None) -> TensorSpec:
@@ -379,6 +407,7 @@ class _Reader:
             shape=tuple(shape),
             layout=self._optional(data, "layout", self._text, prefix),
             preprocessing=self._optional(data, "preprocessing", self._preprocessing, prefix),
+            index_of=self._optional({"index_of": None, **data}, "index_of", self._text, prefix),
         )
 
     def _preprocessing(self, recipe: Any, path: str) -> ImagePreprocessing:

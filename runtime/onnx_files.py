@@ -117,6 +117,27 @@ def custom_nodes(model: memoryview, domain: str) -> tuple[CustomNode, ...]:
     return tuple(found)
 
 
+def adds_in_place(model: memoryview) -> bool:
+    """Whether a serialized ONNX model holds a ScatterND that reduces, in bodies of functions and control flow too.
+
+    One whose reduction is a parameter of its function counts. Cheap: of most nodes, no field is read. Raises
+    `ValueError` as `external_data` does.
+    """
+    left: list[tuple[Message, memoryview]] = [("model", model)]
+    while left:
+        kind, message = left.pop()
+        fields = list(_messages(message))
+        if kind == "node" and (_NODE_OP, "ScatterND") in _texts(fields):
+            reductions = (_texts(list(_messages(value))) for field, value in fields if field == _NODE_ATTRIBUTES)
+            if any({(1, "reduction"), (4, "none")} & set(texts) == {(1, "reduction")} for texts in reductions):
+                return True
+        for field, value in fields:
+            child = _CHILDREN[kind].get(field, "tensor")
+            if child not in ("tensor", "sparse") and (child != "node" or b"ScatterND" in bytes(value)):
+                left.append((child, value))
+    return False
+
+
 @contextlib.contextmanager
 def mapped(bundle: Bundle, name: str) -> Iterator[memoryview]:
     """The bytes of a file: of a folder's as the system pages them in, so that they take no memory of their own."""

@@ -19,7 +19,7 @@ from edgekit.runtime import kernel_library
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.kernel_library import DOMAIN, Choice, KernelLibrary
 from edgekit.runtime.manifest import TensorSpec
-from edgekit.runtime.onnx_files import CustomNode, custom_nodes, external_data, mapped
+from edgekit.runtime.onnx_files import CustomNode, adds_in_place, custom_nodes, external_data, mapped
 from edgekit.runtime.op_times import Event, node_times
 from edgekit.runtime.session import Array, Session
 
@@ -46,21 +46,32 @@ class OnnxRuntimeSession(Session):
     def __init__(self, bundle: Bundle, *, threads: int | None = None, kernels: str | os.PathLike[str] = "auto") -> None:
         super().__init__(bundle, threads)
         start = time.perf_counter()
-        self._nodes = self._look_into_file()
+        self._nodes, one_thread = self._look_into_file()
+        if one_thread and self.threads != 1:
+            self.threads = 1
+            self.threads_note = (
+                "one thread: the model adds up rows with ScatterND, whose threads onnxruntime lets write the same row "
+                "at once, which loses some of the sums"
+            )
+            _LOG.info("%s: %s", bundle.name, self.threads_note)
         self._library, self._session = self._create_with(kernels)
         self.load_seconds = time.perf_counter() - start
         self._output_names = [spec.name for spec in self.outputs]
         self._check_tensors("inputs", self.inputs, self._session.get_inputs())
         self._check_tensors("outputs", self.outputs, self._session.get_outputs())
 
-    def _look_into_file(self) -> tuple[CustomNode, ...]:
-        """The nodes of our own ops. Refuses a model that would make onnxruntime read any file but its own."""
+    def _look_into_file(self) -> tuple[tuple[CustomNode, ...], bool]:
+        """The nodes of our own ops, and whether only one thread computes the right answers (onnxruntime issue 18048).
+
+        Refuses a model that would make onnxruntime read any file but its own.
+        """
         name = self.bundle.manifest.model_file
         where = f"{self.bundle.path.name}/{name}"
         try:
             with mapped(self.bundle, name) as content:
                 outside = external_data(content)
                 nodes = custom_nodes(content, DOMAIN)
+                one_thread = adds_in_place(content)
         except ValueError as error:  # BundleError says its own
             if isinstance(error, BundleError):
                 raise
@@ -70,7 +81,7 @@ class OnnxRuntimeSession(Session):
                 f"{where} keeps tensors in other files ({outside[0][:80]!r}), which no bundle does; refusing to read "
                 "them. Save the model in one file and export it again"
             )
-        return nodes
+        return nodes, one_thread
 
     def _create_with(
         self, kernels: str | os.PathLike[str]

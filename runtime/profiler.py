@@ -284,7 +284,7 @@ def _prepare(
         after = thread_count()
         counted = None if before is None or after is None else 1 + max(0, after - before)
         durations = timing.warm_up(_run_timer(session, inputs), policy)
-        return session, threads if threads is not None else counted, durations
+        return session, session.threads if session.threads is not None else counted, durations
 
     (session, used, durations), memory = measure_peak(start)
     warm = np.asarray(durations) / 1e6

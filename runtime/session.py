@@ -33,6 +33,7 @@ class Session(ABC):
         load_seconds: the time that loading took.
         kernels: what serves each node of edgekit's own ops; empty where the model has none.
         kernels_note: why function bodies serve them although native kernels were wanted; empty otherwise.
+        threads_note: why one run uses fewer threads than asked for; empty otherwise.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class Session(ABC):
         self.load_seconds = 0.0
         self.kernels: tuple[NodeKernel, ...] = ()
         self.kernels_note = ""
+        self.threads_note = ""
         self._specs = {spec.name: (spec, np.dtype(spec.dtype)) for spec in self.inputs}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -157,7 +159,7 @@ def _check_backend(bundle: Bundle, backend: str | None) -> None:
 def check_inputs(
     specs: Mapping[str, tuple[TensorSpec, np.dtype[Any]]], inputs: Mapping[str, Array], dims: Mapping[str, DimRange]
 ) -> None:
-    """Raise `InputError` unless `inputs` has exactly the specified names, dtypes and shapes."""
+    """Raise `InputError` unless `inputs` has exactly the specified names, dtypes, shapes and, for indices, values."""
     try:
         named = inputs.keys() == specs.keys()
     except AttributeError:  # asking first would cost every run more than all other checks
@@ -167,6 +169,7 @@ def check_inputs(
         wanted = ", ".join(str(spec) for spec, _ in specs.values())
         raise InputError(f"expected the inputs {wanted}; got {', '.join(map(repr, inputs)) or 'none'}")
     sizes: dict[str, int] = {}
+    indices: list[TensorSpec] = []
     for name, (spec, dtype) in specs.items():
         array = inputs[name]
         if not isinstance(array, np.ndarray):
@@ -183,6 +186,23 @@ def check_inputs(
                 raise InputError(f"dimension {dim} is {sizes[dim]} in one place and {size} in {spec}")
             elif size not in dims[dim]:
                 raise InputError(f"input {spec} got {dim}={size}; this bundle was exported for {dim} in {dims[dim]}")
+        if spec.index_of is not None:
+            indices.append(spec)
+    for spec in indices:  # after all shapes: an index may point into a dimension of a later input
+        _check_indices(spec, inputs[spec.name], sizes)
+
+
+def _check_indices(spec: TensorSpec, array: Array, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` where a value lies outside 0..limit-1: a runtime may read past a tensor's end for it."""
+    limit = spec.index_limit(sizes)
+    if limit is None or not array.size or (array.min() >= 0 and array.max() < limit):
+        return
+    worst = int(array.argmin() if array.min() < 0 else array.argmax())
+    position = [int(index) for index in np.unravel_index(worst, array.shape)]
+    known = "" if spec.index_of == str(limit) else f" ({spec.index_of} is {limit})"
+    raise InputError(
+        f"input {spec} holds {array.flat[worst]} at {position}; its values are indices from 0 to {limit - 1}{known}"
+    )
 
 
 def random_inputs(
@@ -192,7 +212,7 @@ def random_inputs(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
-    """Seeded inputs for `specs`: standard normal floats, integers drawn from 0 and 1.
+    """Seeded inputs for `specs`: standard normal floats, indices from all they may be, other integers from 0 and 1.
 
     Args:
         sizes: values of symbolic dimensions; the others take their smallest value (at least 1).
@@ -218,4 +238,7 @@ def _draw(generator: np.random.Generator, spec: TensorSpec, sizes: Mapping[str, 
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
     if spec.dtype.startswith("float"):
         return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
-    return generator.integers(0, 2, shape).astype(spec.dtype)
+    limit = spec.index_limit(sizes)
+    if limit is None:
+        return generator.integers(0, 2, shape).astype(spec.dtype)
+    return generator.integers(0, min(limit, int(np.iinfo(spec.dtype).max) + 1), shape).astype(spec.dtype)

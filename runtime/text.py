@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from edgekit.runtime.kernel_library import kernel_lines
 from edgekit.runtime.postprocess import Prediction
 from edgekit.runtime.report import table
@@ -56,3 +58,14 @@ def output_lines(title: str, outputs: Mapping[str, Array]) -> list[str]:
         ends = (f"{array.min():.4g}", f"{array.max():.4g}") if array.size else ("", "")
         rows.append((name, str(list(array.shape)), str(array.dtype), *ends))
     return [title, *table(rows, ("output", "shape", "dtype", "min", "max"), "lllrr").splitlines()]
+
+
+def not_finite_rows(outputs: Mapping[str, Array]) -> dict[str, str]:
+    """For each output that holds NaN or infinities, by name, a sentence that says in how many of its rows."""
+    notes = {}
+    for name, array in outputs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            rows = np.atleast_1d(np.isfinite(array))
+            bad = np.count_nonzero(~rows.reshape(len(rows), -1).all(axis=1))
+            notes[name] = f"output {name!r} holds NaN or infinities, in {bad} of {len(rows)} rows"
+    return notes

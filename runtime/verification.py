@@ -162,8 +162,12 @@ def classify(
 ) -> Array:
     """The predicted class of every item of `data`, int64 [n], run `batch` items at a time.
 
-    The last batch is filled up with its own last item, because a model may take batches of one size only.
+    The last batch is filled up with its own last item, because a model may take batches of one size only. Whole inputs
+    run once and give a class for each row of the output.
     """
+    if data.whole:
+        whole: Array = np.argmax(run(data.inputs)[output], axis=-1).astype(np.int64)
+        return whole
     classes = []
     for part in data.batches(batch):
         missing = batch - len(part)
@@ -186,8 +190,23 @@ def measure_accuracy(session: Session, data: Dataset) -> Accuracy:
     output = score_output(session)
     if data.labels is None:
         raise InputError(f"{data.source} has no labels; accuracy needs class-named folders or a 'labels' array")
-    correct = classify(session.run, data, output=output, batch=batch_size(session)) == data.labels
-    return Accuracy(data.source, len(data), float(np.mean(correct)))
+    predicted = classify(session.run, data, output=output, batch=batch_size(session))
+    return Accuracy(data.source, int(np.sum(data.labels >= 0)), share_correct(predicted, data))
+
+
+def share_correct(predicted: Array, data: Dataset) -> float:
+    """The share of predicted classes, int64 `[n]`, that are those of `data`; what has the label -1 does not count.
+
+    Raises `InputError` where there are not as many labels as predictions, or none that counts.
+    """
+    labels = data.labels
+    if labels is None or len(labels) != len(predicted):
+        found = "no labels" if labels is None else f"{len(labels)} labels"
+        raise InputError(f"{data.source} holds {found} for {len(predicted)} rows of class scores; give one for each")
+    counted = labels >= 0
+    if not counted.any():
+        raise InputError(f"{data.source}: every label is -1, so that none counts; give the classes of some rows")
+    return float(np.mean(predicted[counted] == labels[counted]))
 
 
 def score_output(session: Session) -> str:

@@ -56,8 +56,8 @@ def test_wheel_holds_exactly_the_tree(wheel: Path) -> None:
     assert names == tree()
     assert len(licenses) == 1
     assert {name for name in names if name.endswith(".safetensors")} == {
-        "edgekit/models/pretrained/care_digits.safetensors",
-        "edgekit/models/pretrained/shvit_digits.safetensors",
+        f"edgekit/models/pretrained/{name}.safetensors"
+        for name in ("care_digits", "dynamicvis_digits", "hgnn_digits", "lighthgnn_digits", "shvit_digits")
     }
 
 

@@ -60,7 +60,7 @@ def test_help_and_version(cli: Cli) -> None:
     assert cli("--version") == 0
     assert cli.out.strip() == f"edgekit {edgekit.__version__}"
     assert cli("--help") == 0
-    for command in ("list", "export", "verify", "profile", "run", "inspect", "doctor", "demo"):
+    for command in ("list", "export", "verify", "profile", "run", "inspect", "doctor", "kernels", "train", "demo"):
         assert command in cli.out
     assert "2 wrong usage" in cli.out
 
@@ -75,6 +75,32 @@ def test_list_shows_every_model_with_measured_accuracy(cli: Cli) -> None:
     assert cli("list") == 0
     assert "6,330,808" in cli.out
     assert "241.3 M" in cli.out
+
+
+def test_list_shows_the_inputs_of_models_without_images(cli: Cli) -> None:
+    by_name = {entry["name"]: entry for entry in cli.json("list")}
+    assert by_name["shvit_s1"]["input"] == [3, 224, 224]
+    assert by_name["shvit_s1"]["macs_per"] == "image"
+    assert by_name["lighthgnn"]["macs_per"] == by_name["hgnn"]["macs_per"] == "vertex"
+    assert [item["name"] for item in by_name["hgnn"]["input"]] == [
+        *("features", "members", "member_chunks", "memberships", "membership_chunks", "vertex_degree", "member_weight")
+    ]
+    members = {"name": "members", "shape": ["E", "M"], "dtype": "int64", "index_of": "V+Q+1"}
+    assert by_name["hgnn"]["input"][1] == members
+    assert cli("list") == 0
+    lines = {line.split()[0]: line for line in cli.out.splitlines() if line.strip()}
+    assert "184.3 k/vertex  Vx1433 " in lines["lighthgnn"]
+    assert "Vx1433, .." in lines["hgnn"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_list_keeps_names_whole_in_a_narrow_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr("edgekit.cli.console.PLAIN_WIDTH", width)
+    assert cli("list") == 0
+    lines = cli.out.splitlines()
+    assert {entry["name"] for entry in cli.json("list")} <= {line.split()[0] for line in lines if line.strip()}
+    assert max(len(line.rstrip()) for line in lines if not line.startswith("next")) <= width
+    assert "handwritten" not in " ".join(lines)
 
 
 def test_export_then_every_other_command(cli: Cli, tmp_path: Path, digit: tuple[Path, int]) -> None:
@@ -123,6 +149,50 @@ def test_run_on_arrays_and_save(cli: Cli, digits_bundle: Path, tmp_path: Path) -
         np.testing.assert_array_equal(saved["logits"], expected)
 
 
+def test_a_graph_model_through_every_command(cli: Cli, tmp_path: Path) -> None:
+    assert cli("export", "hgnn_digits", "--target", "onnx", "-o", tmp_path) == 0
+    bundle = tmp_path / "hgnn_digits-onnx.edge"
+    verified = cli.json("verify", bundle, "--data", "digits", "--layers")
+    assert verified["passed"] is True
+    assert verified["accuracy"]["bundle"] == verified["accuracy"]["pytorch"] > 0.9
+    assert cli("inspect", bundle) == 0
+    assert "members: int64[E, M] < V+Q+1" in cli.out
+    assert cli.json("inspect", bundle)["manifest"]["inputs"][1]["index_of"] == "V+Q+1"
+    assert cli.json("profile", bundle, "--runs", "2", "--no-ops")["input_source"] == "stored sample"
+    assert cli.json("profile", bundle, "--runs", "2", "--no-ops", "--size", "V=30")["inputs"]["vertex_degree"] == [30]
+    (inputs, outputs) = next(iter(edgekit.Bundle.open(bundle).samples()))
+    np.savez(tmp_path / "graph.npz", **inputs)
+    assert cli("run", bundle, tmp_path / "graph.npz", "--save", tmp_path / "out.npz") == 0
+    assert "NaN" not in cli.out
+    with np.load(tmp_path / "out.npz") as saved:
+        np.testing.assert_allclose(saved["logits"], outputs["logits"], atol=1e-4)
+    np.savez(tmp_path / "wrong.npz", **{**inputs, "members": inputs["members"] - 99_999})
+    assert cli("run", bundle, tmp_path / "wrong.npz") == 2
+    assert "members: int64[E, M] < V+Q+1 holds -99999 at" in cli.err
+
+
+@pytest.mark.parametrize("main", ["edgekit", "runtime"])
+def test_run_says_where_outputs_are_no_numbers(
+    cli: Cli, capsys: pytest.CaptureFixture[str], tiny_bundle: edgekit.Bundle, tmp_path: Path, main: str
+) -> None:
+    from edgekit.runtime.__main__ import main as runtime
+
+    x = np.zeros((3, 4), np.float32)
+    x[1] = np.inf
+    np.savez(tmp_path / "x.npz", x=x)
+
+    def run(*words: str) -> str:
+        given = ["run", str(tiny_bundle.path), str(tmp_path / "x.npz"), *words]
+        assert (cli(*given) if main == "edgekit" else runtime(given)) == 0
+        return cli.out if main == "edgekit" else capsys.readouterr().out
+
+    assert "note: output 'y' holds NaN or infinities, in 1 of 3 rows" in run()
+    (answer,) = json.loads(run("--json"))
+    assert answer["not_finite"] == {"y": "output 'y' holds NaN or infinities, in 1 of 3 rows"}
+    assert answer["outputs"]["y"][0] != answer["outputs"]["y"][1]
+    assert None in answer["outputs"]["y"][1]
+
+
 def test_doctor_finds_what_is_installed(cli: Cli) -> None:
     data = cli.json("doctor")
     names = {check["name"] for check in data["checks"]}
@@ -140,9 +210,15 @@ def test_doctor_finds_what_is_installed(cli: Cli) -> None:
         (["export", "shvit_digits", "--target", "onnx", "--shape", "image=1x1"], "cannot read the shape"),
         (["export", "shvit_s1", "--target", "onnx", "--precision", "int8"], "int8 needs calibration data"),
         (["export", "shvit_digits", "--target", "onnx", "--option", "depth=3"], "depth"),
+        (["export", "dynamicvis_digits", "--target", "onnx", "--option", "img_size=33"], "multiple of 8"),
+        (["export", "hgnn_digits", "--target", "onnx", "--shape", "vertex:P@int64<W"], "point into W"),
+        (["export", "hgnn", "--target", "onnx", "--precision", "int8"], "int8 needs calibration data"),
         (["export", "shvit_s1", "--target", "onnx", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["verify", "nothing.edge"], "no bundle at nothing.edge"),
+        (["export", "dynamicvis_digits", "--target", "onnx", "--option", "num_classes=abc"], "got 'abc'"),
+        (["export", "dynamicvis_digits", "--target", "onnx", "--option", "token_selection=no"], "true or false"),
         (["profile", "BUNDLE", "--runs", "0"], "runs"),
+        (["profile", "BUNDLE", "--size", "N=\u00b2"], "NAME=NUMBER"),
         (["profile", "BUNDLE", "--on", "jetson"], "unknown device 'jetson'"),
         (["profile", "BUNDLE", "--size", "N=4"], "N"),
         (["run", "BUNDLE", "nothing.png"], "nothing.png"),

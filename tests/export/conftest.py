@@ -52,8 +52,8 @@ def seeded() -> Iterator[None]:
 def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a lower precision gains in time is measured with a few runs; how well is the profiler's own test."""
 
-    def measure(a: Bundle, b: Bundle, **_: Any) -> ProfileComparison:
-        return profile_pair(a, b, runs=24, warmup=2, threads=1, ops=False)
+    def measure(a: Bundle, b: Bundle, *, sizes: dict[str, int], **_: Any) -> ProfileComparison:
+        return profile_pair(a, b, sizes=sizes, runs=24, warmup=2, threads=1, ops=False)
 
     monkeypatch.setattr("edgekit.export.cost.profile_pair", measure)
 

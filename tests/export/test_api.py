@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 import edgekit
+from edgekit import models
 from edgekit.errors import BundleError, ExportError, InputError, MissingDependencyError, ShapeError, UnknownNameError
 from edgekit.export import api
+from edgekit.models import registry
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.tolerances import OUTPUT_REL_L2
 
 RECIPE = {
     "size": [8, 8], "resize": "squash", "crop_pct": 1.0, "interpolation": "bilinear", "color": "rgb", "scale": 1 / 255,
@@ -279,3 +283,58 @@ class TestCheck:
         bundle = export(model, "x:1x4", check=False)
         assert bundle.manifest.verification == {"checked": False}
         assert not edgekit.verify(bundle, model=model)
+
+    def test_the_message_tells_how_much_rounding_moves_pytorch(self, export, perturbed):
+        expected = r"PyTorch's own answer moves by [1-9]\.\de-0[78] when its input changes by one rounding of fp32"
+        with pytest.raises(ExportError, match=expected):
+            export(nn.Linear(4, 2), "x:1x4")
+
+    def test_integers_have_no_rounding(self, export, perturbed):
+        with pytest.raises(
+            ExportError, match=r"Nothing was written; a model known to be this sensitive .* --tolerance"
+        ):
+            export(nn.Embedding(5, 3), "input:1x4@int64<5")
+
+
+class TestToleranceOfTheZoo:
+    """Of a model that is sensitive to rounding by itself."""
+
+    @pytest.fixture
+    def student(self, export, monkeypatch):
+        """Exports lighthgnn_digits as if its entry had this tolerance."""
+
+        def make(entry_tolerance, **options):
+            entry = dataclasses.replace(models.model_entry("lighthgnn_digits"), tolerance=entry_tolerance)
+            monkeypatch.setitem(registry._ENTRIES, entry.name, entry)
+            return export(entry.name, "features:1x64", **options)
+
+        return make
+
+    @staticmethod
+    def recorded(bundle):
+        figures = bundle.manifest.verification
+        return figures.get("tolerance"), {output["tolerance"] for output in figures.get("outputs", ())}
+
+    def test_is_used_and_recorded(self, student):
+        bundle = student(3e-3)
+        assert self.recorded(bundle) == (3e-3, {3e-3})
+        checks = edgekit.verify(bundle).checks
+        assert {output.tolerance for check in checks for output in check.outputs} == {3e-3}
+
+    def test_refuses_what_is_worse(self, student, tmp_path):
+        with pytest.raises(ExportError, match="tolerance 1e-09"):
+            student(1e-9)
+        assert left(tmp_path / "out") == []
+
+    def test_is_for_fp32_alone(self, student):
+        assert self.recorded(student(1e-4, precision="fp16")) == (None, {OUTPUT_REL_L2["fp16"]})
+
+    def test_the_callers_own_goes_before(self, student):
+        assert self.recorded(student(1e-9, tolerance=4e-3)) == (4e-3, {4e-3})
+
+    def test_none_leaves_the_table(self, student):
+        assert self.recorded(student(None)) == (None, {OUTPUT_REL_L2["fp32"]})
+
+    def test_is_recorded_for_a_later_check_too(self, student):
+        bundle = student(3e-3, check=False)
+        assert bundle.manifest.verification == {"checked": False, "tolerance": 3e-3}

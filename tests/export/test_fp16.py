@@ -216,3 +216,22 @@ def test_the_attention_op_stays_fp32(export, graph):
     node = next(node for node in content.graph.node if node.op_type == "Attention")
     assert {kinds[name] for name in (*node.input, *node.output) if name} == {FP32}
     assert edgekit.verify(bundle, model=model)
+
+
+def test_scatters_that_add_stay_fp32(export, graph):
+    """onnxruntime has no kernel that adds in half precision."""
+
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, target):
+            return self.fc(torch.zeros_like(x).index_put((target,), self.fc(x), accumulate=True))
+
+    bundle = export(Summing(), ["x:8x4", "target:8@int64<8"], precision="fp16")
+    model = graph(bundle)
+    (scatter,) = [node for node in model.graph.node if node.op_type == "ScatterND"]
+    found = types(model)
+    assert found[scatter.output[0]] == FP32
+    assert FP16 in found.values()

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import ShapeError
-from edgekit.export.shapes import InputShape, parse_shape, parse_shapes, program_shapes
+from edgekit.export.shapes import (
+    InputShape,
+    input_shapes,
+    input_specs,
+    parse_shape,
+    parse_shapes,
+    program_shapes,
+)
 from edgekit.runtime.manifest import DTYPES, DimRange
 
 GOOD = {
@@ -22,6 +29,9 @@ GOOD = {
     "x:N": InputShape("x", ("N",), "float32", {"N": DimRange()}),
     "a.b_1:batchx4": InputShape("a.b_1", ("batch", 4), "float32", {"batch": DimRange()}),
     "x:NxN | 2..4": InputShape("x", ("N", "N"), "float32", {"N": DimRange(2, 4)}),
+    "vertex:P@int64<V": InputShape("vertex", ("P",), "int64", {"P": DimRange()}, "V"),
+    "ids:1xN@int32<50257 | 8..": InputShape("ids", (1, "N"), "int32", {"N": DimRange(8)}, "50257"),
+    " ids : 4 @ int64 < V ": InputShape("ids", (4,), "int64", {}, "V"),
 }
 
 BAD = {
@@ -40,6 +50,14 @@ BAD = {
     "x:1xx3": "cannot read dimension ''",
     "x:4x": "cannot read dimension ''",
     "x:1x3n": "cannot read dimension '3n'",
+    "x:N<V": "has <V, which is for indices, and float32 values; write @int64<V",
+    "x:N@bool<2": "has <2, which is for indices, and bool values",
+    "x:N@int64<0": "<0 in 'x:N@int64<0' must be a number of at least 1",
+    "x:N@int64<007": "must be a number of at least 1, with no zero in front",
+    "x:N@int64<2x": "cannot read <2x",
+    "x:N@int64<x": "cannot read <x",
+    "x:N@int64<": "cannot read the shape",
+    "x:N@int64<-1": "cannot read the shape",
     "x:1x4 | 1..8": "belongs to no dynamic dimension (it has: none)",
     "x:NxS | 1..8": "belongs to no dynamic dimension (it has: N, S)",
     "x:Nx4 | M=1..8": "belongs to no dynamic dimension (it has: N)",
@@ -70,13 +88,16 @@ ranges = st.tuples(st.integers(1, 50), st.none() | st.integers(51, 99)).map(lamb
 
 
 @st.composite
-def input_shapes(draw):
+def any_shapes(draw):
     dims = draw(st.lists(st.integers(1, 4096) | symbols, min_size=1, max_size=5))
     limits = {dim: draw(ranges) for dim in dims if isinstance(dim, str)}
-    return InputShape(draw(names), tuple(dims), draw(st.sampled_from(DTYPES)), limits)
+    dtype = draw(st.sampled_from(DTYPES))
+    terms = st.lists(symbols | st.integers(1, 10**18 - 1).map(str), max_size=3)
+    index_of = "+".join(draw(terms)) or None if "int" in dtype else None
+    return InputShape(draw(names), tuple(dims), dtype, limits, index_of)
 
 
-@given(input_shapes())
+@given(any_shapes())
 def test_text_of_a_shape_parses_to_it(shape):
     assert parse_shape(str(shape)) == shape
 
@@ -105,6 +126,38 @@ class TestSeveral:
     def test_an_input_given_twice(self):
         with pytest.raises(ShapeError, match="an input is given twice: x, x"):
             parse_shapes(["x:1x4", "x:1x4"])
+
+
+class TestIndices:
+    def test_into_a_dimension_of_another_input(self):
+        vertex, features = parse_shapes(["vertex:P@int64<V", "features:Vx4 | 2..9"])
+        assert vertex.index_of == "V"
+        assert features.ranges == {"V": DimRange(2, 9)}
+
+    def test_into_a_dimension_that_no_input_has(self):
+        with pytest.raises(ShapeError, match=r"point into E, which no input has .*\(there are: V, P\)"):
+            parse_shapes(["features:Vx4", "vertex:P@int64<E"])
+
+    def test_into_several_dimensions(self):
+        rows, _ = parse_shapes(["rows:SxW@int64 < V + W + 1", "features:Vx4"])
+        assert rows.index_of == "V+W+1"
+        assert str(rows).startswith("rows:SxW@int64<V+W+1 |")
+        with pytest.raises(ShapeError, match=r"rows:SxW@int64<V\+E\+1 .* point into E, which no input has"):
+            parse_shapes(["rows:SxW@int64<V+E+1", "features:Vx4"])
+
+    @pytest.mark.parametrize("index", ["V+", "+V", "V++1", "V W", "V-1", "V+x"])
+    def test_no_sum(self, index):
+        with pytest.raises(ShapeError, match="cannot read"):
+            parse_shapes([f"rows:S@int64<{index}", "features:Vx4"])
+
+    def test_into_a_fixed_number(self):
+        assert parse_shapes("ids:1x8@int64<100")[0].index_of == "100"
+
+    def test_to_a_manifest_and_back(self):
+        shapes = parse_shapes(["vertex:P@int64<V | 1..5", "features:Vx4"])
+        specs, dims = input_specs(shapes)
+        assert (specs[0].index_of, specs[1].index_of) == ("V", None)
+        assert input_shapes(specs, dims) == shapes
 
 
 class Add(torch.nn.Module):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgekit import models
-from edgekit.errors import ExportError, InputError, ShapeError, UnknownNameError, WeightsError
+from edgekit.errors import EdgekitError, ExportError, InputError, ShapeError, UnknownNameError, WeightsError
 from edgekit.export.source import load_model, reload_model
 
 FACTORIES = """
@@ -50,7 +50,7 @@ class TestZoo:
     def test_shipped_weights(self):
         loaded = load_model("shvit_digits")
         assert (loaded.source, loaded.weights.source, loaded.weights.seed) == ("zoo:shvit_digits", "shipped", None)
-        assert str(loaded.defaults.shape) == "image:1x1x32x32"
+        assert [str(shape) for shape in loaded.defaults.shapes] == ["image:1x1x32x32"]
         assert loaded.defaults.labels == tuple("0123456789")
         assert not loaded.module.training
 
@@ -62,6 +62,28 @@ class TestZoo:
         loaded = load_model("shvit_digits", weights="random", overrides={"num_classes": 3})
         assert loaded.call({"image": torch.zeros(1, 1, 32, 32)}).shape == (1, 3)
         assert loaded.defaults.labels is None
+
+    @pytest.mark.parametrize(
+        ("name", "options", "source", "labels"),
+        [
+            ("shvit_digits", {"num_classes": 10}, "shipped", 10),
+            ("shvit_digits", {"num_classes": 3}, "random", None),
+            ("shvit_digits", {"in_chans": 3}, "random", 10),
+            ("lighthgnn_digits", {"num_classes": 3}, "random", None),
+            ("dynamicvis_digits", {"img_size": 64}, "shipped", 10),
+        ],
+        ids=["unchanged", "classes", "channels", "student", "image size"],
+    )
+    def test_options_that_shipped_weights_do_not_fit_make_them_random(self, name, options, source, labels):
+        loaded = load_model(name, overrides=options)
+        assert loaded.weights.source == source
+        assert (loaded.defaults.labels and len(loaded.defaults.labels)) == labels
+
+    def test_options_out_of_range_are_an_error_all_the_same(self):
+        with pytest.raises(ShapeError, match="num_classes must be at least 1"):
+            load_model("shvit_digits", overrides={"num_classes": 0})
+        with pytest.raises(EdgekitError, match="shvit_digits does not take depth"):
+            load_model("shvit_digits", overrides={"depth": 2})
 
     def test_unknown_name_proposes_the_nearest(self):
         with pytest.raises(UnknownNameError, match="unknown model 'shvit_digit'; did you mean shvit_digits"):

@@ -9,7 +9,9 @@ from torch import nn
 
 import edgekit
 from edgekit.errors import ExportError, InputError, NothingToCompareError, WeightsError
-from edgekit.export.verification import _fresh_size, fresh_inputs
+from edgekit.export.source import load_model
+from edgekit.export.verification import _fresh_size, fresh_inputs, own_sensitivity
+from edgekit.runtime.bundle import Samples
 from edgekit.runtime.manifest import DimRange
 from edgekit.runtime.session import load
 
@@ -164,6 +166,48 @@ def test_a_wrong_bundle_fails_live_and_stored(linear, tmp_path):
     assert not verification
     assert [bool(check) for check in verification.checks] == [True, False]
     assert verification.to_json()["passed"] is False
+
+
+class Step(nn.Module):
+    """Answers with which values lie above one."""
+
+    def forward(self, x):
+        return (x > 1).float()
+
+
+class TestOwnSensitivity:
+    @pytest.mark.parametrize(
+        ("precision", "low", "high"), [("fp32", 1e-8, 1e-6), ("fp16", 1e-4, 1e-2), ("int8", 3e-4, 3e-2)]
+    )
+    def test_of_a_smooth_model_is_that_of_its_input(self, linear, precision, low, high):
+        assert low < own_sensitivity(linear[1].samples(), load_model(linear[0]), precision) < high
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_of_a_threshold_is_large(self, precision):
+        """One value in two crosses it, and the others are far from it."""
+        x = np.where(np.arange(400) % 2, 1, 3).astype(np.float32).reshape(1, 1, 400)
+        samples = Samples({"x": x}, {"output": (x > 1).astype(np.float32)})
+        assert own_sensitivity(samples, load_model(Step()), precision) > 0.5
+
+    def test_of_a_sort_is_large(self):
+        """Equal values have no order of their own."""
+
+        class Order(nn.Module):
+            def forward(self, x):
+                return x.argsort(dim=-1, stable=True)
+
+        x = np.ones((2, 1, 50), np.float32)
+        samples = Samples({"x": x}, {"output": np.tile(np.arange(50), (2, 1, 1))})
+        assert own_sensitivity(samples, load_model(Order())) > 0.5
+
+    def test_answers_that_are_no_numbers(self):
+        x = np.full((1, 1, 4), np.nan, np.float32)
+        assert np.isnan(own_sensitivity(Samples({"x": x}, {"output": x}), load_model(nn.ReLU())))
+
+    def test_integers_have_none(self):
+        ids = np.zeros((1, 1, 4), np.int64)
+        samples = Samples({"input": ids}, {"output": np.zeros((1, 1, 4, 3), np.float32)})
+        assert own_sensitivity(samples, load_model(nn.Embedding(5, 3))) is None
 
 
 class TestTolerance:

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+import edgekit
 from edgekit.custom_ops.registry import functions
 from edgekit.custom_ops.tolerances import relative_l2, tolerance
 from edgekit.kernels.headers import find_headers
@@ -365,3 +366,19 @@ def test_the_model_is_valid_onnx() -> None:
     for op in (BSA, KLA, SCAN):
         model = onnx.load_from_string(model_bytes(op, out_shape=["x"] * (3 if op == SCAN else 4)))
         onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize("img_size", [32, pytest.param([64, 48], marks=pytest.mark.slow)], ids=str)
+def test_a_zoo_model_runs_portably_and_natively(built_library: Any, tmp_path: Path, img_size: Any) -> None:
+    """DynamicVis with its routers and scans: one bundle, both kinds of kernels, the same answers."""
+    bundle = edgekit.export("dynamicvis_digits", "onnx", tmp_path, overrides={"img_size": img_size})
+    scans = bundle.manifest.ops["edgekit::SelectiveScan"]
+    folder = built_library.library.parent
+    portable, native = (edgekit.load(bundle, kernels=kernels) for kernels in ("portable", folder))
+    assert [kernel.native for kernel in portable.kernels] == [False] * scans
+    assert [kernel.native for kernel in native.kernels] == [True] * scans
+    for inputs, expected in bundle.samples():
+        for session_ in (portable, native):
+            (answer,) = session_.run(inputs).values()
+            assert relative_l2(answer, expected["logits"]) < 1e-5
+    assert edgekit.verify(bundle, live=True, kernels=folder)

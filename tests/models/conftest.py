@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.models import create_model, model_entry, seed_weights
+from edgekit.models.registry import TensorInputs
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import ModuleType
+
+    from torch import nn
 
 FOLDER = Path(__file__).parent.parent / "golden"
 
@@ -30,8 +36,12 @@ class Golden:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(np.asarray(self._seeded.parameter(key, s))) for key, s in self.keys.items()}
 
+    def draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal values that are a function of `name`; `input:CASE` is the case's input."""
+        return torch.from_numpy(self._seeded.draw(name, shape))
+
     def images(self, size: int) -> torch.Tensor:
-        return torch.from_numpy(self._seeded.draw(f"input:{self.case}", (2, 3, size, size)))
+        return self.draw(f"input:{self.case}", (2, 3, size, size))
 
     def output(self, array: str) -> torch.Tensor:
         with np.load(FOLDER / f"{self.case}.npz") as arrays:
@@ -51,6 +61,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def active_model(name: str, **overrides: object) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A zoo model with every branch counting, and inputs for it by the names of its `forward`.
+
+    Images are small where the model takes any size: every layer still sees several positions. A model of a fixed size
+    is built for small ones.
+    """
+    entry = model_entry(name)
+    if isinstance(entry.input, TensorInputs):
+        inputs = {key: torch.from_numpy(array) for key, array in entry.input.examples(1, **overrides).items()}
+    else:
+        size = min(entry.input.size, 96)
+        if "img_size" in entry.arguments():
+            overrides = {"img_size": size, **overrides}
+        generator = torch.Generator().manual_seed(1)
+        inputs = {"": torch.randn(2, entry.input.channels, size, size, generator=generator)}
+    model = create_model(name, weights="random", **overrides)
+    seed_weights(model, 0)
+    if "" in inputs:
+        inputs = {next(iter(inspect.signature(model.forward).parameters)): inputs[""]}
+    return model, inputs
+
+
+@pytest.fixture
+def active() -> Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """See `active_model`."""
+    return active_model
 
 
 def _load_module(path: Path) -> ModuleType:

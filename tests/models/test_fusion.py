@@ -8,21 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit.models import create_model, fuse, list_models, model_entry, seed_weights, state_dict_sha256
+from edgekit.models import create_model, fuse, list_models, seed_weights, state_dict_sha256
 
 DISTILLED = [(name, {"distillation": True}) for name in list_models() if name.startswith("shvit")]
-VARIANTS = [(name, {}) for name in list_models()] + DISTILLED
-IDS = ["-".join([name, *overrides]) for name, overrides in VARIANTS]
-
-
-def active(name, **overrides):
-    """The model with every branch counting, and a batch for it."""
-    model = create_model(name, weights="random", **overrides)
-    seed_weights(model, 0)
-    entry = model_entry(name)
-    size = min(entry.input.size, 96)  # every layer still sees several positions
-    generator = torch.Generator().manual_seed(1)
-    return model, torch.randn(2, entry.input.channels, size, size, generator=generator)
+NORMED = [("hgnn", {"use_bn": True}), ("hgnnp", {"use_bn": True})]
+LARGE = {"dynamicvis_base", "dynamicvis_large"}
+VARIANTS = [
+    pytest.param(name, overrides, id="-".join([name, *overrides]), marks=[pytest.mark.slow] if name in LARGE else [])
+    for name, overrides in [(name, {}) for name in list_models()] + DISTILLED + NORMED
+]
 
 
 def relative_error(got, expected):
@@ -33,25 +27,31 @@ def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize(("name", "overrides"), VARIANTS, ids=IDS)
-def test_exact_for_every_variant(name, overrides):
-    model, images = active(name, **overrides)
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_exact_for_every_variant(active, name, overrides):
+    model, inputs = active(name, **overrides)
     before = state_dict_sha256(model)
     fused = fuse(model)
     with torch.no_grad():
-        assert relative_error(fused(images), model(images)) < 5e-6
+        assert relative_error(fused(**inputs), model(**inputs)) < 5e-6
     assert not norms(fused)
     assert not fused.training
-    assert norms(model)
     assert state_dict_sha256(model) == before
 
 
+@pytest.mark.parametrize("name", ["shvit_s1", "care_s0", "lighthgnn"])
+def test_models_with_batch_norms_lose_them(name):
+    model = create_model(name, weights="random")
+    assert norms(model)
+    assert not norms(fuse(model))
+
+
 @pytest.mark.parametrize("name", ["shvit_digits", "care_digits"])
-def test_in_double_precision_nothing_is_lost(name):
-    model, images = active(name)
-    model, images = model.double(), images.double()
+def test_in_double_precision_nothing_is_lost(active, name):
+    model, inputs = active(name)
+    model, inputs = model.double(), {key: value.double() for key, value in inputs.items()}
     with torch.no_grad():
-        assert relative_error(fuse(model)(images), model(images)) < 1e-13
+        assert relative_error(fuse(model)(**inputs), model(**inputs)) < 1e-13
 
 
 @pytest.mark.parametrize(
@@ -76,32 +76,32 @@ def test_fused_shvit_keys(name, count):
 
 
 @pytest.mark.parametrize(("name", "overrides"), [("shvit_digits", {"distillation": True}), ("care_digits", {})])
-def test_both_heads_become_one(name, overrides):
-    model, images = active(name, **overrides)
-    heads = model.train()(images)
+def test_both_heads_become_one(active, name, overrides):
+    model, inputs = active(name, **overrides)
+    heads = model.train()(**inputs)
     assert [head.shape for head in heads] == [(2, 10), (2, 10)]
     fused = fuse(model)
     assert model.training
     assert not [key for key in fused.state_dict() if "dist" in key]
-    assert fused(images).shape == (2, 10)
+    assert fused(**inputs).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["shvit_digits", "care_digits"])
-def test_fusing_twice_changes_nothing(name):
-    model, images = active(name)
+@pytest.mark.parametrize("name", ["shvit_digits", "care_digits", "lighthgnn_digits"])
+def test_fusing_twice_changes_nothing(active, name):
+    model, inputs = active(name)
     once = fuse(model)
     twice = fuse(once)
     assert twice is not once
     assert state_dict_sha256(twice) == state_dict_sha256(once)
     with torch.no_grad():
-        assert torch.equal(twice(images), once(images))
+        assert torch.equal(twice(**inputs), once(**inputs))
 
 
-def test_gamma_keeps_its_meaning_after_a_second_fuse():
+def test_gamma_keeps_its_meaning_after_a_second_fuse(active):
     """The layer scale must not be multiplied in twice."""
-    model, images = active("care_digits")
+    model, inputs = active("care_digits")
     with torch.no_grad():
-        assert relative_error(fuse(fuse(fuse(model)))(images), model(images)) < 5e-6
+        assert relative_error(fuse(fuse(fuse(model)))(**inputs), model(**inputs)) < 5e-6
 
 
 def user_model():

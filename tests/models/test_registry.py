@@ -8,21 +8,29 @@ import subprocess
 import sys
 from importlib import resources
 
+import numpy as np
 import pytest
 import torch
 
 import edgekit.models
-from edgekit.errors import EdgekitError, ShapeError, UnknownNameError, WeightsError
+from edgekit.errors import EdgekitError, InputError, ShapeError, UnknownNameError, WeightsError
 from edgekit.models import create_model, list_models, model_entry, state_dict_sha256
 from edgekit.models.registry import FAMILIES, ImageInput, register_model
 
-DIGITS = ["care_digits", "shvit_digits"]
+DIGITS = ["care_digits", "dynamicvis_digits", "hgnn_digits", "lighthgnn_digits", "shvit_digits"]
+SIZES = {"shvit_s4": 256, "dynamicvis_base": 512, "dynamicvis_large": 512} | dict.fromkeys(DIGITS, 32)
+
+SMALL = [name for name in list_models() if model_entry(name).parameters < 2e7]
 
 
 def test_names():
     names = list_models()
     assert names == sorted(names)
-    assert {"shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", "care_s0", "care_s1", "care_s2", *DIGITS} == set(names)
+    assert set(names) == {
+        *("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", "care_s0", "care_s1", "care_s2"),
+        *("dynamicvis_base", "dynamicvis_large", "hgnn", "hgnnp", "lighthgnn"),
+        *DIGITS,
+    }
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -30,12 +38,43 @@ def test_entries(name):
     entry = model_entry(name)
     assert entry.name == name == entry.factory.__name__
     assert entry.family in FAMILIES
-    assert entry.input.size == (256 if name == "shvit_s4" else 32 if name in DIGITS else 224)
-    assert len(entry.input.mean) == len(entry.input.std) == entry.input.channels
-    assert "arXiv" in entry.paper
-    assert not create_model(name).training
+    assert "arXiv" in entry.paper or "doi" in entry.paper
+    if isinstance(entry.input, ImageInput):
+        assert entry.input.size == SIZES.get(name, 224)
+        assert len(entry.input.mean) == len(entry.input.std) == entry.input.channels
+        assert entry.arguments().get("img_size", entry.input.size) == entry.input.size
     if entry.labels:
         assert len(entry.labels) == entry.num_classes
+    assert bool(entry.weights) == (name in DIGITS) == bool(entry.dataset)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_models_come_ready_to_run(name):
+    assert not create_model(name).training
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in list_models() if not isinstance(model_entry(name).input, ImageInput)]
+)
+def test_examples_and_labels_of_models_without_images(name):
+    """Inputs that the model runs on, with the names and dtypes that the entry says, and one answer per row."""
+    entry = model_entry(name)
+    first, again, other = (entry.input.examples(seed) for seed in (3, 3, 4))
+    assert [(key, str(value.dtype), value.ndim) for key, value in first.items()] == [
+        (item.name, item.dtype, len(item.dims)) for item in entry.input.tensors
+    ]
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert not all(np.array_equal(first[key], other[key]) for key in first)
+    model = create_model(name)
+    with torch.no_grad():
+        logits = model(**{key: torch.from_numpy(value) for key, value in first.items()})
+    assert logits.shape == (len(first[entry.input.tensors[0].name]), entry.num_classes)
+    assert (entry.input.labelled is not None) == (entry.dataset is not None)
+    if entry.input.labelled is not None:
+        inputs, labels = entry.input.labelled()
+        assert inputs.keys() == first.keys()
+        assert len(labels) == len(inputs[entry.input.tensors[0].name])
+        assert -1 <= labels.min() <= labels.max() == entry.num_classes - 1
 
 
 def test_unknown_name_proposes_the_nearest():
@@ -86,8 +125,40 @@ def test_shipped_weights_are_loaded_by_default(name):
 def test_shipped_weights_do_not_silently_mismatch(name):
     with pytest.raises(WeightsError, match=r'do not fit a changed num_classes.*weights="random"'):
         create_model(name, num_classes=4)
-    assert create_model(name, num_classes=10)
+    assert state_dict_sha256(create_model(name, num_classes=10)) == state_dict_sha256(create_model(name))
     assert create_model(name, num_classes=4, weights="random")
+
+
+def test_shipped_weights_serve_an_option_that_they_fit():
+    """The position embedding is resized to the image, as the authors do."""
+    shipped, resized = create_model("dynamicvis_digits").state_dict(), create_model("dynamicvis_digits", img_size=64)
+    changed = [key for key, value in resized.state_dict().items() if not torch.equal(value, shipped[key])]
+    assert changed == ["backbone.pos_embed"]
+    with torch.no_grad():
+        assert resized(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
+
+
+def test_arguments_of_an_entry():
+    entry = model_entry("shvit_digits")
+    assert entry.arguments({"num_classes": 3}) == {**entry.arguments(), "num_classes": 3}
+    assert entry.changed({"num_classes": 10, "in_chans": 3}) == ["in_chans"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("shvit_digits", {"num_classes": "ten"}, ShapeError, "num_classes must be a whole number .*; got 'ten'"),
+        ("shvit_digits", {"num_classes": True}, ShapeError, "num_classes must be a whole number .*; got True"),
+        ("dynamicvis_digits", {"in_chans": [1]}, ShapeError, r"in_chans must be a whole number .*; got \[1\]"),
+        ("lighthgnn", {"hidden": 2.5}, ShapeError, "hidden must be a whole number .*; got 2.5"),
+        ("dynamicvis_digits", {"token_selection": "no"}, InputError, "token_selection is true or false; got 'no'"),
+        ("shvit_s1", {"distillation": 1}, InputError, "distillation is true or false; got 1"),
+        ("lighthgnn", {"dropout": "high"}, InputError, "dropout is a number, such as 0.5; got 'high'"),
+    ],
+)
+def test_options_of_the_wrong_kind(name, options, error, words):
+    with pytest.raises(error, match=words):
+        create_model(name, weights="random", **options)
 
 
 def test_seed_of_the_initialisation():
@@ -104,11 +175,11 @@ def test_the_global_random_state_is_left_alone():
     assert before[1] == random.getstate()
 
 
-@pytest.mark.parametrize("name", ["shvit_s1", "care_s0", *DIGITS])
+@pytest.mark.parametrize("name", ["shvit_s1", "care_s0", "care_digits", "shvit_digits", "dynamicvis_digits"])
 def test_wrong_input_shapes(name):
     model = create_model(name)
-    channels = model.in_chans
-    with pytest.raises(ShapeError, match=rf"images \[B, {channels}, H, W\].*got \(1, 9, 64, 64\)"):
+    channels = model_entry(name).input.channels
+    with pytest.raises(ShapeError, match=rf"images \[B, {channels}, (H, W|32, 32)\].*got \(1, 9, 64, 64\)"):
         model(torch.zeros(1, 9, 64, 64))
     with pytest.raises(ShapeError, match=r"add the batch dimension with image.unsqueeze\(0\)"):
         model(torch.zeros(channels, 64, 64))

@@ -244,3 +244,45 @@ def test_hash_sees_key_dtype_shape_and_bytes():
         tensors(a=torch.zeros(4), b=torch.ones(2).bfloat16()),
     ]
     assert len({base, *others}) == 1 + len(others)
+
+
+class Adapting(nn.Linear):
+    """Knows checkpoints in which its weight is called `w` and lies transposed."""
+
+    def adapt_checkpoint(self, tensors):
+        if "w" in tensors:
+            tensors = {"weight": tensors["w"].T, **_without(tensors, "w")}
+        return tensors
+
+
+def test_a_model_adapts_the_checkpoints_it_knows(tmp_path):
+    model, weight = Adapting(2, 3, bias=False), torch.arange(6.0).reshape(2, 3)
+    torch.save({"model": {"module.w": weight}}, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
+    assert torch.equal(model.weight, weight.T)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"w": torch.zeros(2, 3), "extra": torch.zeros(1)}, r"does not fit this Adapting: 1 unexpected \(extra\)"),
+        ({"w": torch.zeros(5, 3)}, r"weight: expected \[3, 2\], got \[3, 5\]"),
+        ({"w": torch.full((2, 3), torch.nan)}, "NaN"),
+        ({"other": torch.zeros(1)}, r"1 missing \(weight\); 1 unexpected \(other\)"),
+    ],
+    ids=["unexpected", "shape", "nan", "another model"],
+)
+def test_what_was_adapted_must_fit_as_strictly(tmp_path, state, message):
+    model = Adapting(2, 3, bias=False)
+    before = state_dict_sha256(model)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(model, tmp_path / "w.pth")
+    assert state_dict_sha256(model) == before
+
+
+@pytest.mark.parametrize("name", ["dynamicvis_digits", "hgnn_digits", "lighthgnn_digits"])
+def test_a_checkpoint_of_another_architecture_stays_an_error(tmp_path, state, name):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"does not fit this \w+: \d+ missing .*; \d+ unexpected"):
+        create_model(name, weights=tmp_path / "w.pth")

@@ -401,3 +401,59 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
 def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="limit of at least 1 sample, got 0"):
         load(tmp_path, limit=0)
+
+
+# one run's inputs as a whole
+
+GRAPH = {"features": ("V", 3), "edge": ("P", 2)}
+
+
+def save_graph(path: Path, **changes: Any) -> Path:
+    arrays = {"features": np.zeros((5, 3), np.float32), "edge": np.zeros((8, 2), np.int64)} | changes
+    np.savez(path, **arrays)
+    return path
+
+
+def load_graph(path: Path, **options: Any) -> Dataset:
+    return load(path, input_name="features", preprocessing=None, input_shapes=GRAPH, **options)
+
+
+def test_inputs_whose_first_axes_count_different_things_are_one_item(tmp_path: Path) -> None:
+    dataset = load_graph(save_graph(tmp_path / "g.npz", labels=np.array([0, -1, 2, 1, -1])), labels=["a", "b", "c"])
+    assert dataset.whole
+    assert len(dataset) == 1
+    assert [part is dataset for part in dataset.batches(4)] == [True]
+    assert dataset.take(3) is dataset
+    assert dataset.inputs["edge"].shape == (8, 2)
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [0, -1, 2, 1, -1]
+
+
+def test_the_model_decides_what_is_whole_not_the_data(tmp_path: Path) -> None:
+    """As many edges as vertices, by chance."""
+    assert load_graph(save_graph(tmp_path / "g.npz", edge=np.zeros((5, 2), np.int64))).whole
+    both = {"a": ("N", 3), "b": ("N", 2)}
+    np.savez(tmp_path / "n.npz", a=np.zeros((5, 3)), b=np.zeros((8, 2)))
+    with pytest.raises(InputError, match="as many samples in every array, got a 5, b 8"):
+        load(tmp_path / "n.npz", input_name="a", preprocessing=None, input_shapes=both)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": np.array([0, -2])}, "expected labels of at least -1, got -2 to 0"),
+        ({"labels": np.zeros(0, np.int64)}, "labels of at least one row"),
+        ({"labels": np.zeros(5)}, "one integer per row"),
+        ({"features": np.zeros((5, 4))}, r"'features' of shape \[N, 3\]"),
+        ({"features": np.full((5, 3), np.nan)}, "'features' holds NaN, first in row 0"),
+    ],
+    ids=["label", "no label", "float labels", "width", "nan"],
+)
+def test_graphs_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_graph(save_graph(tmp_path / "g.npz", **changes))
+
+
+def test_nothing_as_a_whole_is_refused() -> None:
+    with pytest.raises(InputError, match="expected inputs"):
+        Dataset({}, None, "here", whole=True)

@@ -39,6 +39,9 @@ FULL = Manifest(
             ImagePreprocessing(size=(8, 8), color="gray", mean=(0.5,), std=(0.25,)),
         ),
         TensorSpec("mask", "bool", ("N",)),
+        TensorSpec("ids", "int64", ("S",), index_of="N"),
+        TensorSpec("words", "int32", (3,), index_of="50257"),
+        TensorSpec("rows", "int64", ("S",), index_of="N+S+1"),
     ),
     outputs=(TensorSpec("logits", "float32", ("N", 2)), TensorSpec("grown", "float32", ("N + 1", 2))),
     dims={"N": DimRange(1, 4), "S": DimRange(0)},
@@ -87,6 +90,30 @@ def test_full_manifest_reads_back() -> None:
 
 def test_equal_manifests_give_equal_text() -> None:
     assert copy.deepcopy(FULL).to_json() == FULL.to_json()
+
+
+def without_indices() -> Manifest:
+    return dataclasses.replace(FULL, inputs=FULL.inputs[:2])
+
+
+def test_the_schema_is_the_lowest_that_has_all_fields() -> None:
+    """A manifest without indices is one of schema 1, to the letter: older readers take it."""
+    old = data_of(without_indices())
+    assert old["schema"] == 1
+    assert {key for tensor in old["inputs"] + old["outputs"] for key in tensor} == {
+        "name", "dtype", "shape", "layout", "preprocessing"
+    }  # fmt: skip
+    assert Manifest.from_json(json.dumps(old)) == without_indices()
+    assert data_of()["schema"] == 2
+
+
+def test_text_of_a_spec() -> None:
+    assert [str(spec) for spec in FULL.inputs[1:]] == [
+        "mask: bool[N]",
+        "ids: int64[S] < N",
+        "words: int32[3] < 50257",
+        "rows: int64[S] < N+S+1",
+    ]
 
 
 def try_to_read(text: str) -> None:
@@ -164,6 +191,16 @@ def test_every_prefix_is_refused() -> None:
         (("inputs", 0, "shape"), [2**64], "inputs[0].shape"),
         (("inputs", 0, "shape"), [True], "inputs[0].shape"),
         (("inputs", 1, "name"), "image", "inputs"),
+        (("inputs", 2, "index_of"), 4, "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "V", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "0", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "²", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "N+V", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "N+01", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "N+", "inputs[2].index_of"),
+        (("inputs", 2, "index_of"), "N + 1", "inputs[2].index_of"),
+        (("inputs", 2, "dtype"), "float32", "inputs[2].index_of"),
+        (("outputs", 0, "index_of"), "N", "outputs[0].index_of"),
         (("inputs", 0, "dtype"), "complex64", "inputs[0].dtype"),
         (("inputs", 0, "preprocessing", "std"), [0], "inputs[0].preprocessing.std"),
         (("inputs", 0, "preprocessing"), "none", "inputs[0].preprocessing"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.runtime.onnx_files import CustomNode, custom_nodes
+from edgekit.runtime.onnx_files import CustomNode, adds_in_place, custom_nodes
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -97,6 +97,44 @@ def test_nodes_in_functions_count_except_in_bodies_of_our_own() -> None:
 def test_without_the_domain_nothing_is_searched() -> None:
     model = model_of([ours("x", "y")], [value("x")], [value("y")], domains=("edgekit2",))
     assert custom_nodes(model, "edgekit") == ()
+
+
+def scatter(op: str = "ScatterND", reduction: str | None = "add") -> onnx.NodeProto:
+    attributes = {} if reduction is None else {"reduction": reduction}
+    return helper.make_node(op, ["x", "i", "x"], ["y"], **attributes)
+
+
+def in_a_body(node: onnx.NodeProto) -> onnx.NodeProto:
+    body = helper.make_graph([node], "body", [], [value("y")])
+    return helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+
+
+def by_parameter() -> onnx.NodeProto:
+    node = scatter(reduction=None)
+    node.attribute.append(onnx.AttributeProto(name="reduction", ref_attr_name="how", type=onnx.AttributeProto.STRING))
+    return node
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        (scatter(), True),
+        (scatter(reduction="max"), True),
+        (scatter(reduction="none"), False),
+        (scatter(reduction=None), False),
+        (scatter("ScatterElements"), False),
+        (in_a_body(scatter()), True),
+        (in_a_body(in_a_body(scatter())), True),
+        (in_a_body(scatter(reduction="none")), False),
+        (by_parameter(), True),
+        (helper.make_node("Relu", ["ScatterND"], ["reduction"], name="add"), False),
+    ],
+    ids=["add", "max", "none", "default", "elements", "body", "body of a body", "none in a body", "parameter", "names"],
+)
+def test_scatters_that_reduce(node: onnx.NodeProto, expected: bool) -> None:
+    relu, ends = helper.make_node("Relu", ["x"], ["y"]), ([value("x")], [value("y")])
+    assert adds_in_place(model_of([relu, node], *ends)) is expected
+    assert adds_in_place(model_of([ours("x", "y")], *ends, functions=[function("Op", [relu, node])])) is expected
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.6, 0.95])

@@ -192,6 +192,31 @@ def test_accuracy(make_bundle: MakeBundle, batch: int | None) -> None:
     np.testing.assert_array_equal(found, right)
 
 
+def test_accuracy_of_a_whole(tiny_bundle: Bundle) -> None:
+    """One run for all rows; those labelled -1 do not count."""
+    session = load(tiny_bundle, threads=1)
+    x = rows(7)
+    right = session.run({"x": x})["y"].argmax(1)
+    labels = np.where(np.arange(7) < 2, (right + 1) % 3, right)
+    labels[5:] = -1
+    data = Dataset({"x": x}, labels, "d", whole=True)
+    assert measure_accuracy(session, data) == Accuracy("d", 5, pytest.approx(0.6))
+    np.testing.assert_array_equal(classify(session.run, data, output="y"), right)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.full(7, -1), "every label is -1, so that none counts"),
+        (np.zeros(6, np.int64), "d holds 6 labels for 7 rows"),
+    ],
+    ids=["none counts", "too few"],
+)
+def test_labels_of_a_whole_that_do_not_fit(tiny_bundle: Bundle, labels: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        measure_accuracy(load(tiny_bundle), Dataset({"x": rows(7)}, labels, "d", whole=True))
+
+
 def test_accuracy_in_a_verification(tiny_bundle: Bundle) -> None:
     data = Dataset({"x": rows(6)}, np.zeros(6, np.int64), "six items")
     result = verify(tiny_bundle, data=data)

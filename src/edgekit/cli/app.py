@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import edgekit
 from edgekit.cli import render
+from edgekit.cli.arguments import parse_options, parse_sizes, read_json, read_lines
 from edgekit.cli.console import Output
+from edgekit.cli.train import train_app
 from edgekit.errors import EdgekitError, InputError, UnknownNameError
 from edgekit.export import TARGETS
 from edgekit.runtime.kernel_library import KERNELS_HELP
@@ -69,7 +71,7 @@ def _root(
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the zoo: parameters, MACs, input size, weights."""
+    """List the zoo: parameters, MACs, inputs, weights."""
     render.models(Output(as_json=as_json))
 
 
@@ -86,7 +88,10 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="NAME:1x3x224x224, or 'NAME:Nx3x224x224 | 1..8' for a dynamic batch. Once per input."),
+        typer.Option(
+            help="NAME:1x3x224x224, or 'NAME:Nx3x224x224 | 1..8' for a dynamic batch; 'NAME:P@int64<V' for integers "
+            "from 0 to V-1. Once per input."
+        ),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights for a zoo model: a file, a folder, or 'random'.")] = None,
     calibration: Annotated[
@@ -97,7 +102,8 @@ def export(
         Path | None, typer.Option(help="A JSON file that says how an image becomes the input (see the README).")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10.")
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10 or img_size=[512,256]."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name. Default: the model's.")] = None,
     opset: Annotated[int | None, typer.Option(help="The ONNX opset. Default: 20.")] = None,
@@ -136,8 +142,8 @@ def export(
                 shapes=shape,
                 weights=weights,
                 calibration=calibration,
-                labels=_lines(labels),
-                preprocessing=_json_file(preprocessing),
+                labels=read_lines(labels),
+                preprocessing=read_json(preprocessing),
                 name=name,
                 opset=opset,
                 seed=seed,
@@ -147,7 +153,7 @@ def export(
                 tune=tune if each == "tvm" else 0,
                 kernels=[part.strip() for part in kernels.split(",")] if kernels is not None else None,
                 progress=step,
-                overrides=_options(option),
+                overrides=parse_options(option),
             )
             bundles.append(bundle)
             if pack:
@@ -232,7 +238,7 @@ def profile(
             threads=threads,
             kernels=kernels,
             vs_kernels=vs_kernels,
-            sizes=_sizes(size),
+            sizes=parse_sizes(size),
             runs=runs,
             warmup=warmup,
             max_seconds=max_seconds,
@@ -280,6 +286,7 @@ kernels_app = typer.Typer(
     help="Build and list the native kernels of edgekit's own ops.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(train_app, name="train")
 
 
 @kernels_app.command("build")
@@ -349,53 +356,3 @@ def _fail(words: list[str], message: str, code: int, hint: str | None = None) ->
     if "--json" in words:
         print(json.dumps({"error": message, "exit_code": code}))
     return code
-
-
-def _lines(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the labels in {path}: {error}") from error
-    labels = [line.strip() for line in lines if line.strip()]
-    if not labels:
-        raise InputError(f"{path} holds no labels; write one class name per line")
-    return labels
-
-
-def _json_file(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the JSON in {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not key.isidentifier() or not equals:
-            raise InputError(f"cannot read --option {pair!r}; write KEY=VALUE, such as num_classes=10")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
-
-
-def _sizes(pairs: list[str] | None) -> dict[str, int] | None:
-    if not pairs:
-        return None
-    sizes = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if not value.isdigit():
-            raise InputError(f"cannot read --size {pair!r}; write NAME=NUMBER, such as N=4")
-        sizes[key] = int(value)
-    return sizes

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -42,9 +42,11 @@ class Output:
         *,
         title: str | None = None,
         right: Sequence[str] = (),
+        whole: Sequence[str] = (),
         styles: Sequence[str | None] = (),
     ) -> None:
-        """A table; `right` names the columns of numbers, `styles` gives a style per row."""
+        """A table; `right` names the columns of numbers, `whole` those whose cells are never broken in two for a narrow
+        terminal, `styles` gives a style per row."""
         if self.as_json:
             return
         terminal = self.out.is_terminal
@@ -57,7 +59,8 @@ class Output:
             pad_edge=False,
         )
         for column in columns:
-            table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if column in right else "left"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=column in whole)
         for index, row in enumerate(rows):
             style = styles[index] if index < len(styles) else None
             table.add_row(*(Text(cell) for cell in row), style=style if terminal else None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekit.cli.console import Output
 from edgekit.errors import InputError
+from edgekit.models.registry import ImageInput, ModelEntry
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import load_dataset
 from edgekit.runtime.images import is_image
@@ -19,6 +20,7 @@ from edgekit.runtime.kernel_library import bundle_kernels, kernel_lines
 from edgekit.runtime.profiler import Profile, ProfileComparison
 from edgekit.runtime.report import bytes_, comparison_lines, percent, profile_lines
 from edgekit.runtime.session import Session
+from edgekit.runtime.text import not_finite_rows
 from edgekit.runtime.tvm_backend import read_build
 from edgekit.runtime.verification import Check, LayerReport, Verification, finite
 
@@ -26,26 +28,31 @@ if TYPE_CHECKING:
     from edgekit.devices import Diagnosis
 
 LAYER_ROWS = 12
+# A narrower terminal would break the words of `edgekit list`'s last column, so that it goes without it.
+SUMMARY_WIDTH = 105
 
 
 def models(output: Output) -> None:
     """`edgekit list`."""
     from edgekit.models import list_models, model_entry
 
-    rows, data = [], []
+    rows: list[tuple[str, ...]] = []
+    data = []
     for name in list_models():
         entry = model_entry(name)
         accuracy = shipped_accuracy(name) if entry.weights else None
         weights = f"shipped, {100 * accuracy:.1f} % on {entry.dataset}" if accuracy is not None else "bring your own"
-        size = f"{entry.input.channels}x{entry.input.size}x{entry.input.size}"
-        rows.append((name, f"{entry.parameters:,}", f"{entry.macs / 1e6:,.1f} M", size, weights, entry.summary))
+        shown, described, unit = _input_of(entry)
+        macs = f"{entry.macs / 1e6:,.1f} M" if unit == "image" else f"{entry.macs / 1e3:,.1f} k/{unit}"
+        rows.append((name, f"{entry.parameters:,}", macs, shown, weights, entry.summary))
         data.append(
             {
                 "name": name,
                 "family": entry.family,
                 "parameters": entry.parameters,
                 "macs": entry.macs,
-                "input": [entry.input.channels, entry.input.size, entry.input.size],
+                "macs_per": unit,
+                "input": described,
                 "classes": entry.num_classes,
                 "weights": "shipped" if entry.weights else None,
                 "accuracy": accuracy,
@@ -53,10 +60,30 @@ def models(output: Output) -> None:
                 "summary": entry.summary,
             }
         )
-    output.table(("model", "parameters", "MACs", "input", "weights", ""), rows, right=("parameters", "MACs"))
+    columns: tuple[str, ...] = ("model", "parameters", "MACs", "input", "weights", "")
+    if output.out.width < SUMMARY_WIDTH:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    output.table(columns, rows, right=columns[1:3], whole=columns[:1])
     output.line()
     output.line("next: edgekit export shvit_digits --target onnx -o out")
     output.json(data)
+
+
+def _input_of(entry: ModelEntry) -> tuple[str, list[int] | list[dict[str, Any]], str]:
+    """A model's input for the table and for JSON, and what its MACs count: one image, or one row of its input.
+
+    The table shows the first of several tensors. JSON has channels, height and width of an image, else the tensors.
+    """
+    if isinstance(entry.input, ImageInput):
+        sizes = [entry.input.channels, entry.input.size, entry.input.size]
+        return "x".join(map(str, sizes)), sizes, "image"
+    defaults = entry.arguments()
+    tensors: list[dict[str, Any]] = []
+    for tensor in entry.input.tensors:
+        shape = [defaults.get(dim, dim) if isinstance(dim, str) else dim for dim in tensor.dims]
+        tensors.append({"name": tensor.name, "shape": shape, "dtype": tensor.dtype, "index_of": tensor.index_of})
+    first = "x".join(map(str, tensors[0]["shape"]))
+    return f"{first}, .." if len(tensors) > 1 else first, tensors, entry.input.unit
 
 
 def shipped_accuracy(name: str) -> float | None:
@@ -247,8 +274,12 @@ def run(output: Output, session: Session, paths: Sequence[Path], *, top: int, sa
             data.append({"input": str(path), "outputs": {name: array.tolist() for name, array in answers.items()}})
         prefix = f"{path.stem}/" if len(paths) > 1 else ""
         raw.update({f"{prefix}{name}": array for name, array in answers.items()})
-    if session.kernels_note:
-        output.line(f"note: {session.kernels_note}")
+        for note in (not_finite := not_finite_rows(answers)).values():
+            output.line(f"note: {note}")
+        if not_finite:
+            data[-1]["not_finite"] = not_finite
+    for note in filter(None, (session.kernels_note, session.threads_note)):
+        output.line(f"note: {note}")
     weights = session.bundle.manifest.model.weights
     if weights.source == "random":
         output.line(f"note: this bundle has random weights (seed {weights.seed}); its classes mean nothing")
@@ -278,7 +309,10 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     compiled = read_build(bundle) if manifest.target == "tvm" else None
     nodes = bundle_kernels(bundle, kernels)
     model, weights = manifest.model, manifest.model.weights
-    macs = f", {model.macs / 1e6:,.1f} M MACs" if model.macs else ""
+    in_words = (
+        "" if not model.macs else f"{model.macs / 1e6:,.1f} M" if model.macs > 1e5 else f"{model.macs / 1e3:,.1f} k"
+    )
+    macs = f", {in_words} MACs" if in_words else ""
     origin = {"random": f"random, seed {weights.seed}", "file": f"from {weights.file}"}.get(
         weights.source, weights.source
     )
