@@ -31,6 +31,9 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.onnx_cpu
 	@$(BIN)/edgekit kernels build
 	@$(BIN)/python -m benchmarks.custom_ops_cpu
+	@$(BIN)/python -m benchmarks.dynamicvis_cpu --models build/dynamicvis_cpu
+	@$(BIN)/python -m benchmarks.lighthgnn_cpu
+	@$(BIN)/python -m benchmarks.lighthgnn_accuracy
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)

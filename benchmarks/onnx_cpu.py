@@ -35,7 +35,7 @@ import onnxruntime
 import torch
 
 import edgekit
-from edgekit.export.onnx import DEFAULT_OPSET, quiet
+from edgekit.export.onnx import DEFAULT_OPSET, example_inputs, quiet
 from edgekit.export.source import load_model
 from edgekit.runtime.compare import compare_arrays
 from edgekit.runtime.onnxruntime_backend import session_options
@@ -103,13 +103,13 @@ def _export(model: str, folder: Path) -> dict[str, Path]:
     plain = folder / f"{model}.plain.onnx"
     loaded = load_model(model)
     assert loaded.entry is not None
-    spec = loaded.entry.input
-    example = torch.randn(1, spec.channels, spec.size, spec.size)
+    args, kwargs, names = loaded.bind(example_inputs(loaded.defaults.shapes))
     with quiet():
         program = torch.onnx.export(
             loaded.module,
-            (example,),
-            input_names=[spec.name],
+            args,
+            kwargs=kwargs,
+            input_names=names,
             output_names=["logits"],
             opset_version=DEFAULT_OPSET,
             dynamo=True,
