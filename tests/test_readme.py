@@ -25,13 +25,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+def typed(block: str, program: str) -> list[str]:
+    lines = [line for line in block.splitlines() if line.startswith(f"$ {program} ")]
+    return [line.removeprefix("$ ").split("  #")[0].strip() for line in lines]
+
+
 def commands(program: str) -> list[str]:
-    return [
-        line.removeprefix("$ ").split("  #")[0].strip()
-        for block in blocks("console")
-        for line in block.splitlines()
-        if line.startswith(f"$ {program} ")
-    ]
+    return [command for block in blocks("console") for command in typed(block, program)]
 
 
 def compilers() -> bool:
@@ -68,16 +68,17 @@ def test_commands_and_programs_run_as_written(
     for name in ("my_models.py", "my_attention.py"):
         Path(name).write_text(next(text for text in programs if text.startswith(f"# {name}")))
     monkeypatch.setenv("EDGEKIT_KERNELS", str(tmp_path / "kernels"))
-    typed = commands("edgekit")
-    assert len(typed) >= 16
-    for command in typed:
-        if "tvm" in command and not compilers():
+    assert len(commands("edgekit")) >= 16
+    for language, text in re.findall(r"^```(console|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
             continue
-        if command == "edgekit kernels build" and not (compilers() and headers()):
-            continue
-        assert run_command(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
-    for program in programs:
-        exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+        for command in typed(text, "edgekit"):
+            if "tvm" in command and not compilers():
+                continue
+            if command == "edgekit kernels build" and not (compilers() and headers()):
+                continue
+            assert run_command(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
 
 
 def test_links_lead_somewhere() -> None:
