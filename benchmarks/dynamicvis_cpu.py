@@ -48,6 +48,7 @@ from benchmarks.dynamicvis_subjects import (
     ALL_TOKENS,
     ATTENTION,
     FUSED,
+    MODEL,
     OURS,
     PLAIN,
     model_file,
@@ -58,6 +59,7 @@ from benchmarks.dynamicvis_subjects import (
 )
 from benchmarks.onnx_cpu import RESULTS, heading
 from benchmarks.turns import Subject, median, speedup, take_turns
+from edgekit.models import model_entry
 from edgekit.runtime.compare import compare_arrays
 from edgekit.runtime.tolerances import output_tolerance
 
@@ -123,7 +125,7 @@ def _write(rows: list[Row], folder: Path, title: str, facts: Mapping[str, Any]) 
 
 def _export(task: Task) -> Iterator[Row]:
     for size in task.sizes:
-        for subject in (OURS, ALL_TOKENS, PLAIN, ATTENTION, FUSED):
+        for subject in (OURS, *(() if size >= LARGE else (ALL_TOKENS,)), PLAIN, ATTENTION, FUSED):
             start = time.perf_counter()
             path = model_file(subject, size, task.models)
             print(f"{path.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -206,7 +208,9 @@ def _check(row: Row, subjects: Mapping[str, Subject], expected: Any) -> None:
 
 
 def _compare(row: Row, name: str, expected: Any, answer: Any) -> None:
-    result = compare_arrays(name, expected, answer, tolerance=output_tolerance("fp32"))
+    # DynamicVis' own answer moves by more than the usual tolerance when rounding differs; its entry says by how much.
+    tolerance = model_entry(MODEL).tolerance if name.startswith(OURS) else None
+    result = compare_arrays(name, expected, answer, tolerance=tolerance or output_tolerance("fp32"))
     if not result:
         raise SystemExit(f"{row.part} {row.size}: {name} is off by {result.rel_l2:.2e}: not timed")
     row.errors[name] = float(f"{result.rel_l2:.3g}")
@@ -225,6 +229,8 @@ def _memory(task: Task) -> Iterator[Row]:
             FUSED: (FUSED, None, 1),
             PLAIN: (PLAIN, None, 1),
         }
+        if size >= LARGE:  # the export alone takes many minutes
+            del subjects[ALL_TOKENS]
         answers: dict[str, Any] = {}
         seconds: dict[str, list[float]] = {}
         for name, (subject, kernels, runs) in subjects.items():
