@@ -217,7 +217,7 @@ def why_refused(bundle: Bundle, loaded: LoadedModel, check: Check) -> str:
     )
     moves = own_sensitivity(bundle.samples(), loaded, precision)
     sensitive = "a model known to be this sensitive to rounding takes a larger --tolerance"
-    if moves is not None:
+    if moves is not None and np.isfinite(moves):
         sensitive = (
             f"PyTorch's own answer moves by {moves:.1e} when its input changes by one rounding of {precision}: if that "
             "is as much, the model is this sensitive to rounding, and a larger --tolerance says so"
@@ -243,7 +243,8 @@ def own_sensitivity(samples: Samples, loaded: LoadedModel, precision: str = "fp3
         moved = {name: _moved(array, precision, generator) for name, array in inputs.items()}
         for name, answer in run(moved).items():
             before = expected[name].astype(np.float64)
-            change = np.linalg.norm(answer - before) / max(float(np.linalg.norm(before)), np.finfo(np.float64).tiny)
+            with np.errstate(invalid="ignore"):  # infinite answers give NaN
+                change = np.linalg.norm(answer - before) / max(float(np.linalg.norm(before)), np.finfo(np.float64).tiny)
             largest = float(np.maximum(largest, change))  # NaN stays NaN
     return largest
 
