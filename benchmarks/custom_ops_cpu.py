@@ -52,7 +52,7 @@ from benchmarks.custom_ops_subjects import (
     sparse_model,
     sparse_truth,
 )
-from benchmarks.onnx_cpu import heading
+from benchmarks.onnx_cpu import earlier_rows, heading
 from benchmarks.turns import Subject, median, speedup, take_turns
 from edgekit import custom_ops
 from edgekit.custom_ops.kernel_linear_attention import kernel_linear_attention
@@ -148,10 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _merged(rows: list[Row], folder: Path) -> list[Row]:
     """The rows of an earlier run, with those measured now in their place; so parts can be measured one by one."""
-    try:
-        earlier = json.loads((folder / "custom_ops_cpu.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        earlier = []
+    earlier = earlier_rows(folder / "custom_ops_cpu.json")
     known = {(row["part"], row["case"], row["threads"]): Row(**row) for row in earlier}
     known |= {(row.part, row.case, row.threads): row for row in rows}
     order = list(PARTS)

@@ -57,7 +57,7 @@ from benchmarks.dynamicvis_subjects import (
     torch_run,
     transformers_loop_run,
 )
-from benchmarks.onnx_cpu import RESULTS, heading
+from benchmarks.onnx_cpu import RESULTS, earlier_rows, heading
 from benchmarks.turns import Subject, median, speedup, take_turns
 from edgekit.models import model_entry
 from edgekit.runtime.compare import compare_arrays
@@ -107,10 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _merged(rows: list[Row], folder: Path) -> list[Row]:
     """The rows of an earlier run, with those measured now in their place; so parts can be measured one by one."""
-    try:
-        earlier = json.loads((folder / "dynamicvis_cpu.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        earlier = []
+    earlier = earlier_rows(folder / "dynamicvis_cpu.json")
     known = {row.key: row for row in (*(Row(**each) for each in earlier), *rows)}
     order = list(PARTS)
     return sorted(known.values(), key=lambda row: (order.index(row.part), row.size, row.threads))

@@ -79,7 +79,7 @@ def _section(name: str, recipe: Recipe, rows: list[Row]) -> list[str]:
     ]
     for row in rows:
         sizes = f"{row.vertices} | {row.hyperedges} | {row.labelled} | {row.validation} | {row.tested}"
-        values = " | ".join(f"{100 * row.means[m]:.2f} ± {100 * row.deviations[m]:.2f}" for m in METHODS)
+        values = " | ".join(map(row.cell, METHODS))
         lines.append(f"| {row.dataset} | {sizes} | {values} |")
     lines += ["", "| data | difference | points | p |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for row in rows for cells in difference_cells(row, recipe)]

@@ -61,7 +61,7 @@ from benchmarks import lighthgnn_subjects as whole
 from benchmarks.lighthgnn_graph_subjects import Graph, find_blocks
 from benchmarks.lighthgnn_report import AUTHORS, STUDENT, ZOO, Row, markdown, row_line
 from benchmarks.lighthgnn_subjects import Answer, Array, Problem, Setting
-from benchmarks.onnx_cpu import RESULTS, heading
+from benchmarks.onnx_cpu import RESULTS, earlier_rows, heading
 from benchmarks.turns import PAUSE_SECONDS, median, milliseconds, speedup, take_turns
 from edgekit.custom_ops.tolerances import relative_l2
 from edgekit.runtime.timing import Series
@@ -170,10 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _merged(rows: list[Row], folder: Path) -> list[Row]:
     """The rows of an earlier run, with those measured now in their place; so parts can be measured one by one."""
-    try:
-        earlier = json.loads((folder / "lighthgnn_cpu.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        earlier = []
+    earlier = earlier_rows(folder / "lighthgnn_cpu.json")
     known = {row.key: row for row in (*(Row(**each) for each in earlier), *rows)}
     order = list(PARTS)
     return sorted(known.values(), key=lambda row: (order.index(row.part), row.threads, row.regime, *row.key[1:]))

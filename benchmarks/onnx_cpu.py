@@ -211,6 +211,15 @@ def heading() -> tuple[str, dict[str, Any]]:
     return line, {"when": when, "commit": commit, "machine": asdict(machine), "versions": versions}
 
 
+def earlier_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run of a benchmark whose parts can be measured one by one; none where there is no file."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return rows
+
+
 def _write(rows: list[Row], folder: Path, rounds: int, title: str, facts: dict[str, Any]) -> None:
     fewest = min(row.runs for row in rows)
     folder.mkdir(parents=True, exist_ok=True)

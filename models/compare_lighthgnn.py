@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One data set: per method the test accuracies by seed, their mean and sample standard deviation (0 for one seed).
+    """One data set: per method the test accuracies by seed, mean and sample standard deviation (None for one seed).
 
     `vertices`, `hyperedges` (after merging) and the sizes of the parts say what the figures are on.
     """
@@ -43,8 +43,13 @@ class Row:
     tested: int
     accuracies: dict[str, tuple[float, ...]]
     means: dict[str, float]
-    deviations: dict[str, float]
+    deviations: dict[str, float | None]
     differences: tuple[Difference, ...]
+
+    def cell(self, method: str) -> str:
+        """The accuracy of a method as tables show it, in percent: `97.80 ± 0.44`, or `97.80` for one seed."""
+        deviation = self.deviations[method]
+        return f"{100 * self.means[method]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
 
 COMPARED = (
@@ -85,7 +90,7 @@ def compare(
         tested=len(split.asked),
         accuracies=accuracies,
         means={m: float(np.mean(values)) for m, values in accuracies.items()},
-        deviations={m: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for m, values in accuracies.items()},
+        deviations={m: float(np.std(values, ddof=1)) if len(values) > 1 else None for m, values in accuracies.items()},
         differences=tuple(_difference(accuracies, *pair) for pair in COMPARED),
     )
     return row, outcomes
@@ -97,13 +102,14 @@ def method_title(method: str, recipe: Recipe) -> str:
 
 
 def difference_cells(row: Row, recipe: Recipe) -> list[tuple[str, str, str, str]]:
-    """Data set, what is compared, the difference in percentage points, and p: as a table shows them."""
+    """Data set, what is compared, the difference in percentage points, and p, if there are two seeds: for a table."""
+    several = len(row.accuracies["teacher"]) > 1
     return [
         (
             row.dataset,
             f"{method_title(each.method, recipe)} - {method_title(each.rival, recipe)}",
             f"{100 * each.mean:+.2f}",
-            f"{each.p_value:.3f}",
+            f"{each.p_value:.3f}" if several else "",
         )
         for each in row.differences
     ]

@@ -333,7 +333,7 @@ def hgnn(
     parameters=46_119,
     macs=46_080,
     paper=HGNNP_PAPER,
-    summary="HGNN+ for the features of Cora: means over hyperedges, then over their vertices",
+    summary="HGNN+ for the features of Cora: smooths by means",
 )
 def hgnnp(
     *, num_features: int = 1433, num_classes: int = 7, hidden: int = 32, use_bn: bool = False, dropout: float = 0.5
@@ -349,7 +349,7 @@ def hgnnp(
     parameters=184_711,
     macs=184_320,
     paper=LIGHTHGNN_PAPER,
-    summary="LightHGNN's student for the features of Cora: an MLP that needs no hypergraph",
+    summary="LightHGNN's student for the features of Cora: an MLP alone",
 )
 def lighthgnn(
     *, num_features: int = 1433, num_classes: int = 7, hidden: int = 128, use_bn: bool = True, dropout: float = 0.5
@@ -365,7 +365,7 @@ def lighthgnn(
     parameters=2_410,
     macs=2_368,
     paper=HGNN_PAPER,
-    summary="HGNN on the digits as vertices joined with their nearest neighbours, with weights",
+    summary="HGNN on digits joined with their nearest neighbours, with weights",
     dataset="digits",
     weights="hgnn_digits.safetensors",
     labels=DIGITS_LABELS,

@@ -12,7 +12,6 @@ import json
 import math
 import platform
 import time
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -27,10 +26,11 @@ from safetensors.torch import save as safetensors_bytes
 from edgekit.models.complexity import count_parameters
 from edgekit.models.digits import SPLIT_SEED, SPLIT_SIZES, digits_batch, enlarge, load_digits_split, normalise
 from edgekit.models.registry import ImageInput, create_model, list_models, model_entry
+from edgekit.models.training import reproducible
 from edgekit.models.weights import state_dict_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -100,7 +100,7 @@ def train(name: str, recipe: Recipe, log: Callable[[str], None] = print) -> Trai
     images, labels = load_digits_split("train")
     pixels, targets = enlarge(images), torch.from_numpy(labels)
     validation = _part("validation")
-    with _reproducible(recipe.threads, recipe.seed):
+    with reproducible(recipe.threads, recipe.seed):
         generator = torch.Generator().manual_seed(recipe.seed)
         model = create_model(name, weights="random", seed=recipe.seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -215,24 +215,6 @@ def _train_epoch(
         optimizer.step()
         total += float(loss.detach()) * len(chosen)
     return total / len(pixels)
-
-
-@contextmanager
-def _reproducible(threads: int, seed: int) -> Iterator[None]:
-    """Deterministic algorithms, seeded noise and a number of threads, which decides the order of sums; then as before.
-
-    The global generator is for what a model draws in train mode, such as a router's noise.
-    """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
 
 
 if __name__ == "__main__":

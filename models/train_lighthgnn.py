@@ -22,7 +22,6 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -48,11 +47,12 @@ from edgekit.models.distillation import (
 )
 from edgekit.models.hypergraph import Hypergraph
 from edgekit.models.lighthgnn import HGNN, Kind, Student
+from edgekit.models.training import reproducible
 from edgekit.models.vertex_sets import DIGITS_NEIGHBOURS, VertexSet, split_digits
 from edgekit.models.weights import state_dict_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -206,7 +206,7 @@ def train(
     observed = Hypergraph.from_neighbours(data.features[known], recipe.neighbours) if len(split.hidden) else whole
     task = _Task(data, split, recipe, known)
     say = log or (lambda line: None)
-    with _reproducible(seed):
+    with reproducible(1, seed):
         graph, whole_graph = _tensors(observed, data.features[known]), _tensors(whole, data.features)
         teacher = task.fit(_new_teacher(data, recipe, seed), graph, whole_graph, task.label_loss)
         say(f"teacher {teacher.test_accuracy:.1%}")
@@ -373,21 +373,6 @@ def _accuracy(
         logits = model(**inputs)[rows]
     right = (logits.argmax(1) == labels[rows]).double().mean()
     return float(right), float(F.cross_entropy(logits, labels[rows]))
-
-
-@contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
-    """Seeded, deterministic algorithms and one thread, which decides the order of sums; then everything as before."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
 
 
 if __name__ == "__main__":

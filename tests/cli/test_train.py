@@ -40,6 +40,16 @@ def test_table(cli, tmp_path):
     create_model("hgnn", weights=tmp_path / "wine-hgnn.safetensors", num_features=13, num_classes=3)
 
 
+def test_one_seed_claims_no_spread(cli):
+    code, out, err = cli("train", "lighthgnn", "--data", "wine", "--seeds", "1", "--epochs", "2")
+    assert code == 0, err
+    assert "±" not in out
+    assert "take more with --seeds" in out
+    differences = [line for line in out.splitlines() if " - " in line]
+    assert len(differences) == 5
+    assert all(line.split()[-1][0] in "+-" for line in differences)  # the points come last: no p
+
+
 def test_json(cli):
     options = ("--teacher", "hgnnp", "--loss", "authors", "--setting", "production", "--ties", "first", "-k", 5)
     code, out, err = cli(*SHORT, *options, "--json")

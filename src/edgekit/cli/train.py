@@ -120,7 +120,7 @@ def _show(output: Output, rows: list[Row], recipe: Recipe, seeds: int, saved: li
             str(row.hyperedges),
             str(row.labelled),
             str(row.tested),
-            *(f"{100 * row.means[m]:.2f} ± {100 * row.deviations[m]:.2f}" for m in METHODS),
+            *map(row.cell, METHODS),
         )
         for row in rows
     ]
@@ -129,9 +129,12 @@ def _show(output: Output, rows: list[Row], recipe: Recipe, seeds: int, saved: li
     pairs = [cell for row in rows for cell in difference_cells(row, recipe)]
     output.table(("data", "difference", "points", "p"), pairs, right=("points", "p"))
     output.line()
+    how = f"{recipe.setting} setting, loss {recipe.loss!r}"
     output.line(
-        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds, {recipe.setting} setting, loss "
-        f"{recipe.loss!r}; p: exact sign-flip test on the seeds' differences."
+        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds, {how}; p: exact sign-flip test on the "
+        "seeds' differences."
+        if seeds > 1
+        else f"Test accuracy in %, {how}; one seed says nothing of how much it varies, take more with --seeds."
     )
     for path in saved:
         output.line(f"wrote {path}")
