@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Status = Literal["ok", "missing", "wrong"]
-Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "training", "kernels"]
+Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "text", "training", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ PARTS = (
     Part("onnxsim", "onnxsim", "export to onnx", "simplifying graphs", "export"),
     Part("safetensors", "safetensors", "export to onnx", "weights files", "export"),
     Part("transformers", "transformers", "Hugging Face", "exporting Hugging Face directories", "huggingface"),
+    Part("tokenizers", "tokenizers", "text", "prompts for bundles with a tokenizer.json", "text"),
     Part("scikit-learn", "sklearn", "training", "the data sets of the examples", "train"),
     Part("apache-tvm", "tvm", "kernels", "compiling kernels and whole models", "tvm"),
     Part("apache-tvm-ffi", "tvm_ffi", "kernels", "the same", "tvm"),

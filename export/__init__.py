@@ -59,7 +59,7 @@ def export(
             onnx (the README has the ratios).
         out: the folder to put the bundle into. A bundle of the same name there is replaced, at once and whole.
         precision: `fp32`; `fp16` (weights and activations in half precision, but softmax, norms, means and sums in
-            fp32); `int8` (static QDQ, needs `calibration`).
+            fp32); `int8` (static QDQ, needs `calibration`). Language models: `fp32` or `int4` (weights of four bits).
         shapes: one string per input, `NAME:DIMxDIMx..` with `@dtype` after it for anything but float32, and
             `| 1..8` or `| N=1..8, S=16..512` for the ranges of named dimensions: `image:Nx3x224x224 | 1..8`. Indices
             say what they point into, a dynamic dimension of any input or a number: `vertex:P@int64<V`,
@@ -84,7 +84,9 @@ def export(
         kernels: names of archs (as for `arch`): put the kernels of edgekit's own ops that the model uses into the
             bundle, as objects and C sources for programs without Python. None does so in a tvm bundle, for its arch.
         progress: called with the name of each step as it starts.
-        overrides: keyword arguments for a zoo model's constructor, such as `{"num_classes": 10}`.
+        overrides: keyword arguments for a zoo model's constructor, such as `{"num_classes": 10}`; for a folder with a
+            language model of the families gemma2, llama and qwen2 its attention and context, such as
+            `{"attention": "block", "budget": 1024, "context": 8192}`.
 
     Returns:
         The opened bundle.

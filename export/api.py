@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +15,16 @@ import numpy as np
 import onnx
 import torch
 
-import edgekit
 from edgekit import models
 from edgekit.errors import ExportError, InputError, UnknownNameError
 from edgekit.export import TARGETS
 from edgekit.export import onnx as onnx_target
+from edgekit.export.bundling import add_kernels, metadata_of, tools, with_figures
 from edgekit.export.calling import output_names, tensor_leaves
 from edgekit.export.cost import measure_cost
 from edgekit.export.custom_ops import custom_ops
 from edgekit.export.data import load_calibration
+from edgekit.export.language_model import LanguagePlan, export_language_model, is_language_model, refuse_options
 from edgekit.export.plan import Plan, make_plan
 from edgekit.export.samples import batch_size, first_items, record_answers, samples_of
 from edgekit.export.shapes import InputShape
@@ -35,11 +34,11 @@ from edgekit.kernels.build import ARCH_NAMES
 from edgekit.models.registry import ImageInput
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
-from edgekit.runtime.manifest import CustomOp, Manifest, TensorSpec
+from edgekit.runtime.manifest import Manifest, TensorSpec
 from edgekit.runtime.preprocess import ImagePreprocessing
 from edgekit.runtime.session import load
 from edgekit.runtime.tolerances import PRECISIONS
-from edgekit.runtime.verification import Check, finite, tolerance_for, verify_samples
+from edgekit.runtime.verification import Check, tolerance_for, verify_samples
 
 if TYPE_CHECKING:
     from edgekit.export.tvm import TvmExport
@@ -91,6 +90,18 @@ def export_model(
     loaded = load_model(model, weights=weights, seed=seed, overrides=overrides)
     if name is not None:
         loaded = replace(loaded, name=name)
+    destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
+    if is_language_model(loaded):
+        return _export_language(
+            LanguagePlan(
+                loaded, precision, opset, seed, check, tolerance, step, tuple(kernels) if kernels is not None else None
+            ),
+            target,
+            destination,
+            {"--shape": shapes, "--calibration": calibration, "--labels": labels, "--preprocessing": preprocessing},
+        )
+    if precision == "int4":
+        raise InputError(f"int4 is for language models, and {loaded.name} is none; choose fp16 or int8")
     plan = make_plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
     plan = replace(plan, kernels=tuple(kernels) if kernels is not None else None)
     data = None
@@ -99,7 +110,6 @@ def export_model(
         data = load_calibration(
             calibration, plan.shapes, plan.preprocessing, loaded.entry, loaded.options, batch=batch_size(plan)
         )
-    destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
     try:
         if target == "tvm":
             return _export_tvm(plan, destination, arch, tune)
@@ -110,13 +120,21 @@ def export_model(
         raise ExportError(f"writing {destination} failed: {error.strerror or error}; nothing was left there") from error
 
 
+def _export_language(plan: LanguagePlan, target: str, destination: Path, given: dict[str, object | None]) -> Bundle:
+    refuse_options(plan.loaded, target, plan.precision, given)
+    try:
+        return export_language_model(plan, destination)
+    except OSError as error:
+        raise ExportError(f"writing {destination} failed: {error.strerror or error}; nothing was left there") from error
+
+
 def _export_fp32(plan: Plan, destination: Path) -> Bundle:
     with BundleWriter(destination) as writer:
         started = time.perf_counter()
         exported, names = _convert(plan)
         samples = samples_of(plan, names)
         manifest = _manifest(plan, exported, "fp32", None)
-        graph = onnx_target.finalize(exported.model, metadata=_metadata(plan, "fp32"))
+        graph = onnx_target.finalize(exported.model, metadata=metadata_of(plan.loaded, "fp32"))
         bundle, check = _write(writer, plan, manifest, graph, samples)
         report = {"export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)}}
         return writer.finish(_with_figures(bundle.manifest, check, _tolerance(plan, "fp32")), report)
@@ -150,19 +168,20 @@ def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int)
         plan.step("convert to TVM")
         exported = tvm_target.convert(program, shapes, names=names, arch=arch, tune=tune, step=plan.step)
         samples = samples_of(plan, names)
-        tools = _tools() | tvm_target.tools()
+        versions = tools() | tvm_target.tools()
         manifest = replace(
             _manifest(plan, exported, "fp32", None),
             target="tvm",
             ops=exported.ops,
             custom_ops=exported.custom_ops,
-            tools=tools,
+            tools=versions,
         )
         plan.step("link")
         tvm_target.write_library(exported, writer.add(tvm_target.LIBRARY, "model"))
         tvm_target.write_description(exported, writer.add(tvm_target.BUILD, "build"))
         samples.save(writer.add(SAMPLES, "samples"))
-        _add_kernels(writer, plan, manifest.custom_ops, (arch.name,))
+        archs = plan.kernels if plan.kernels is not None else (arch.name,) if manifest.custom_ops else None
+        add_kernels(writer, plan.loaded.name, archs, manifest.custom_ops, step=plan.step)
         bundle, check = writer.preview(manifest), None
         if plan.check and runs_here:
             check = _compare(plan, bundle, "tvm")
@@ -175,26 +194,6 @@ def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int)
         if exported.tuning is not None:
             report["tuning"] = exported.tuning
         return writer.finish(manifest, report)
-
-
-def _add_kernels(
-    writer: BundleWriter, plan: Plan, ops: Sequence[CustomOp], default: Sequence[str] | None = None
-) -> None:
-    """Put the kernels of the model's own ops into the bundle as objects and C sources, a folder per arch."""
-    archs = plan.kernels if plan.kernels is not None else default if ops else None
-    if not archs:
-        return
-    if not ops:
-        raise InputError(
-            f"{plan.loaded.name} uses no ops of edgekit's own, so there are no kernels to put in; leave them out"
-        )
-    from edgekit.kernels.static import write_static
-
-    for arch in dict.fromkeys(archs):
-        plan.step(f"kernels for {arch}")
-        with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            for path in write_static([op.name for op in ops], arch, Path(folder)):
-                writer.add(f"kernels/{arch}/{path.name}", "kernels").write_bytes(path.read_bytes())
 
 
 def _export_reduced(plan: Plan, destination: Path, precision: str, data: Dataset | None) -> Bundle:
@@ -213,7 +212,7 @@ def _export_reduced(plan: Plan, destination: Path, precision: str, data: Dataset
 
             assert data is not None  # export_model reads it for int8
             graph = to_int8(graph, data, batch=batch_size(plan))
-        graph = onnx_target.finalize(graph, metadata=_metadata(plan, precision))
+        graph = onnx_target.finalize(graph, metadata=metadata_of(plan.loaded, precision))
         calibration = data.source if data is not None else None
         manifest = replace(reference.manifest, precision=precision, calibration=calibration, files={}, verification={})
         samples = (
@@ -295,7 +294,7 @@ def _manifest(
         outputs=exported.outputs,
         dims={key: limits for shape in plan.shapes for key, limits in shape.ranges.items()},
         labels=labels,
-        tools=_tools(),
+        tools=tools(),
         calibration=calibration,
     )
 
@@ -336,7 +335,7 @@ def _write(
         ops=dict(sorted(ops.items())),
         custom_ops=custom_ops(graph),
     )
-    _add_kernels(writer, plan, manifest.custom_ops)
+    add_kernels(writer, plan.loaded.name, plan.kernels, manifest.custom_ops, step=plan.step)
     bundle = writer.preview(manifest)
     return bundle, _compare(plan, bundle, "onnxruntime") if plan.check else None
 
@@ -359,29 +358,4 @@ def _compare(plan: Plan, bundle: Bundle, backend: str) -> Check:
 
 
 def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | None) -> Manifest:
-    recorded = {} if tolerance is None else {"tolerance": float(tolerance)}
-    if check is None:
-        return replace(manifest, verification={"checked": False, **recorded})
-    outputs = [
-        {"name": o.name, "max_abs": o.max_abs, "rel_l2": o.rel_l2, "cosine": o.cosine, "psnr_db": o.psnr_db,
-         "top1_agreement": o.top1_agreement, "tolerance": o.tolerance}
-        for o in check.outputs
-    ]  # fmt: skip
-    figures = {"checked": True, "against": check.against, "inputs": check.inputs, "outputs": outputs}
-    figures |= recorded
-    return replace(manifest, verification=finite(figures))
-
-
-def _metadata(plan: Plan, precision: str) -> dict[str, str]:
-    return {
-        "edgekit": edgekit.__version__,
-        "model": plan.loaded.source,
-        "weights_sha256": plan.loaded.weights.sha256,
-        "precision": precision,
-    }
-
-
-def _tools() -> dict[str, str]:
-    names = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
-    versions = {name: metadata.version(name) for name in names}
-    return {"edgekit": edgekit.__version__, "python": platform.python_version(), **versions}
+    return replace(manifest, verification=with_figures(check, tolerance))

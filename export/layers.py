@@ -22,7 +22,7 @@ from edgekit.export.shapes import InputShape, input_shapes, program_shapes
 from edgekit.export.source import LoadedModel
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.compare import compare_arrays
-from edgekit.runtime.onnxruntime_backend import session_options
+from edgekit.runtime.onnxruntime_backend import give_weights, session_options
 from edgekit.runtime.session import random_inputs
 from edgekit.runtime.tolerances import layer_tolerance
 from edgekit.runtime.verification import LayerComparison, LayerReport
@@ -45,9 +45,11 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     manifest = bundle.manifest
     inputs = next(iter(bundle.samples()), (None, None))[0] or random_inputs(manifest.inputs, manifest.dims)
     program, order = _program(bundle, loaded)
-    recorder = _Recorder(program.module())
+    recorder = _Recorder(program.module(check_guards=False))
+    given = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in order]
     with torch.no_grad():
-        recorder.run(*[torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in order])
+        # A language model's graph takes its cache as one list.
+        recorder.run(*([*given[:2], given[2:]] if manifest.generation is not None else given))
     graph = onnx.load_from_string(bundle.read(manifest.model_file))
     produced = {name for node in graph.graph.node for name in node.output if name}
     # The graph's outputs carry the names of the bundle instead of their node's.
@@ -57,7 +59,7 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     shared = {name: _dequantized(tensor, produced) for name, tensor in tensors.items() if tensor in produced}
     if not shared:
         raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
-    actual = _run_with_outputs(graph, inputs, list(shared.values()), set(outputs.values()))
+    actual = _run_with_outputs(bundle, graph, inputs, list(shared.values()), set(outputs.values()))
     tolerance = layer_tolerance(manifest.precision)
     layers = []
     for name, tensor in shared.items():
@@ -71,6 +73,14 @@ def _program(bundle: Bundle, loaded: LoadedModel) -> tuple[torch.export.Exported
     """The traced program whose node names the bundle's tensors carry, and the order of its inputs."""
     manifest = bundle.manifest
     shapes: tuple[InputShape, ...]
+    if manifest.generation is not None:
+        from edgekit.export.language_graphs import LanguageGraph
+        from edgekit.models.decoder import Decoder
+
+        assert isinstance(loaded.module, Decoder)  # see `verify_language_model`
+        language = LanguageGraph.of(loaded.module, "prefill")
+        program = language.convert(manifest.opsets.get("ai.onnx", onnx_target.DEFAULT_OPSET))[2]
+        return program, [shape.name for shape in language.shapes]
     if loaded.program is not None:
         program, shapes = loaded.program, program_shapes(loaded.program)
         order = [shape.name for shape in shapes]
@@ -94,22 +104,39 @@ class _Recorder(torch.fx.Interpreter):
         self.nodes: dict[str, torch.fx.Node] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        if n.op == "call_function" and _op_name(n).startswith("_assert"):  # holds for the sizes of the trace alone
+            return None
         result = super().run_node(n)
         is_layer = n.op == "call_function" and _op_name(n) not in _VIEWS
-        if is_layer and isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() > 1:
+        if not is_layer or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        if result.numel() > 1 and bool(torch.isfinite(result).any()):  # masks of infinities say nothing
             self.values[n.name] = result.detach().numpy()
             self.nodes[n.name] = n
         return result
 
 
 def _run_with_outputs(
-    model: onnx.ModelProto, inputs: dict[str, np.ndarray[Any, Any]], names: list[str], outputs: set[str]
+    bundle: Bundle,
+    model: onnx.ModelProto,
+    inputs: dict[str, np.ndarray[Any, Any]],
+    names: list[str],
+    outputs: set[str],
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Run the graph with inner tensors as further outputs. Graph optimizations stay on where they leave these alone."""
     extra = [name for name in names if name not in outputs]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1))
+    session = session_in_memory(bundle, model)
     return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def session_in_memory(bundle: Bundle, graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session of a changed graph of the bundle, on its weights; one thread, portable bodies."""
+    options = session_options(1)
+    contents = {file: bundle.read(file) for file, entry in bundle.manifest.files.items() if entry.role == "weights"}
+    if contents:
+        give_weights(options, contents)
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _module_path(node: torch.fx.Node) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 import onnxsim
 import torch
+from onnxscript import opset18
 
 from edgekit.errors import ExportError, InputError, ShapeError
 from edgekit.export.calling import bind_inputs, first_line
@@ -27,6 +28,7 @@ DEFAULT_OPSET = 20
 OPSETS = (18, 20, 21, 22, 23, 24)
 MAX_BYTES = 2 * 10**9  # protobuf's limit for one file is 2 GiB
 
+_INPUT, _OUTPUT = "edgekit.in.{}", "edgekit.out.{}"
 _TALKATIVE = (
     "onnx_ir",
     "onnxscript",
@@ -138,38 +140,75 @@ def convert(
         names: names of the outputs.
         opset: one of `OPSETS`; None takes `DEFAULT_OPSET`.
     """
-    opset = choose_opset(opset)
-    # Inner tensors are named after the program's nodes and may hold the names wanted outside: those come last.
-    inputs = [f"edgekit.in.{index}" for index in range(len(shapes))]
-    outputs = [f"edgekit.out.{index}" for index in range(len(names))]
+    exported = translate(program, len(shapes), len(names), choose_opset(opset))
+    assert exported.exported_program is not None  # see `translate`
+    model = exported.model_proto
+    name_tensors(model, shapes, names)
+    add_functions(model)
+    model = simplify(model)
+    return OnnxExport(model, exported.exported_program, tuple(_specs(model, shapes)), tuple(_outputs(model)))
+
+
+def translate(
+    program: torch.export.ExportedProgram, inputs: int, outputs: int, opset: int, *, optimize: bool = True
+) -> torch.onnx.ONNXProgram:
+    """torch.onnx's translation of a program with so many inputs and outputs; `name_tensors` gives them their names.
+
+    Args:
+        optimize: fold constants and remove what is redundant; a caller may also do it later.
+
+    Raises `ExportError` in plain words.
+    """
     try:
         with quiet():
             exported = torch.onnx.export(
                 program,
                 (),
-                input_names=inputs,
-                output_names=outputs,
+                input_names=[_INPUT.format(index) for index in range(inputs)],
+                output_names=[_OUTPUT.format(index) for index in range(outputs)],
                 opset_version=opset,
                 dynamo=True,
-                custom_translation_table=translations(program),
+                custom_translation_table=translations(program) | {torch.ops.aten.sort.stable: _stable_sort},
+                optimize=optimize,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises one class per stage
         raise ExportError(f"torch.onnx cannot convert the model to opset {opset}: {_exporter_reason(error)}") from error
     if exported is None or exported.exported_program is None:
         raise ExportError("torch.onnx gave no program")
-    model = exported.model_proto
+    return exported
+
+
+def _stable_sort(tensor: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """`torch.sort(stable=True)` as TopK of the whole axis: ONNX too puts the earlier one of two equal values first."""
+    axis = dim % len(tensor.shape)
+    count = opset18.Shape(tensor, start=axis, end=axis + 1)
+    values, indices = opset18.TopK(tensor, count, axis=axis, largest=int(descending), sorted=1)
+    return values, indices
+
+
+def name_tensors(model: onnx.ModelProto, shapes: Sequence[InputShape], names: Sequence[str]) -> None:
+    """Give the inputs of a translated graph the names and dimensions of `shapes`, and its outputs `names`.
+
+    Raises `ShapeError` where the graph has other inputs, or fixes a dimension that `shapes` names.
+    """
     if len(model.graph.input) != len(shapes):
         raise ShapeError(
             f"the exported graph has {len(model.graph.input)} inputs "
             f"({', '.join(item.name for item in model.graph.input)}), shapes were given for {len(shapes)}"
         )
-    outer = [shape.name for shape in shapes] + list(names)
-    _rename(model.graph, {name: inner_name(name) for name in outer} | dict(zip(inputs + outputs, outer, strict=True)))
+    # Inner tensors are named after the program's nodes and may hold the names wanted outside: those came last.
+    outer = {_INPUT.format(index): shape.name for index, shape in enumerate(shapes)}
+    outer |= {_OUTPUT.format(index): name for index, name in enumerate(names)}
+    _rename(model.graph, {name: inner_name(name) for name in outer.values()} | outer)
     _name_dims(model, shapes)
-    add_functions(model)
-    model = simplify(model)
-    return OnnxExport(model, exported.exported_program, tuple(_specs(model, shapes)), tuple(_outputs(model)))
+
+
+def tensor_specs(
+    model: onnx.ModelProto, shapes: Sequence[InputShape]
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of a graph, for a manifest."""
+    return tuple(_specs(model, shapes)), tuple(_outputs(model))
 
 
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -197,6 +236,25 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def finalize(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """Remove what tells of the exporting machine, drop unused opset imports, add metadata, and check the graph."""
+    tidy(model, metadata=metadata)
+    if model.ByteSize() > MAX_BYTES:
+        raise ExportError(
+            f"the model is {model.ByteSize() / 1e9:.1f} GB; this version writes single files of up to 2 GB"
+        )
+    check(model)
+    return model
+
+
+def check(model: onnx.ModelProto | str) -> None:
+    """Raise `ExportError` unless a graph, in memory or at a path, is valid ONNX."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # checker and shape inference have separate error classes
+        raise ExportError(f"the converted graph is not valid ONNX: {first_line(error)}") from error
+
+
+def tidy(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> None:
+    """Remove what tells of the exporting machine, drop unused opset imports and add metadata."""
     _strip(model)
     for graph in _graphs(model.graph):
         _strip(graph)
@@ -213,15 +271,6 @@ def finalize(model: onnx.ModelProto, *, metadata: Mapping[str, str]) -> onnx.Mod
     del model.opset_import[:]
     model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in sorted(kept.items()))
     onnx.helper.set_model_props(model, dict(metadata))
-    if model.ByteSize() > MAX_BYTES:
-        raise ExportError(
-            f"the model is {model.ByteSize() / 1e9:.1f} GB; this version writes single files of up to 2 GB"
-        )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # checker and shape inference have separate error classes
-        raise ExportError(f"the converted graph is not valid ONNX: {first_line(error)}") from error
-    return model
 
 
 @contextlib.contextmanager
@@ -255,7 +304,8 @@ def _name_dims(model: onnx.ModelProto, shapes: Sequence[InputShape]) -> None:
                         f"the model fixes dimension {dim} of {shape.name} to {proto.dim_value}; write the number"
                     )
                 symbols[proto.dim_param] = dim
-    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+                proto.dim_param = dim  # the exporter writes the sum where a size is that of two others
+    for value in [*model.graph.output, *model.graph.value_info]:  # inputs have their names by now
         for proto in value.type.tensor_type.shape.dim:
             if proto.dim_param:
                 proto.dim_param = re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), proto.dim_param)

@@ -24,6 +24,7 @@ from edgekit.export.calling import bind_inputs, first_line, tensor_leaves
 from edgekit.export.data import image_preprocessing
 from edgekit.export.shapes import InputShape
 from edgekit.export.zoo import default_shapes
+from edgekit.models.decoder_checkpoint import is_decoder_folder, load_decoder
 from edgekit.models.registry import ModelEntry
 from edgekit.runtime.manifest import Manifest, ModelInfo, WeightsInfo
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -42,7 +43,7 @@ class Defaults:
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready for export: `module` is a copy of the original in eval mode on the CPU, `program` is set where it
-    came as a .pt2 file, `entry` where it is of the zoo."""
+    came as a .pt2 file, `entry` where it is of the zoo, `folder` where a language model came from one."""
 
     name: str
     source: str
@@ -52,6 +53,7 @@ class LoadedModel:
     entry: ModelEntry | None = None
     program: torch.export.ExportedProgram | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def info(self, macs: int | None) -> ModelInfo:
         """What the manifest says of the model."""
@@ -127,6 +129,9 @@ def load_model(
         _own_weights_only(text, weights, options)
         return _from_program(Path(text))
     if Path(text).is_dir():
+        if is_decoder_folder(text):
+            _own_weights_only(text, weights, {})
+            return _from_decoder_folder(Path(text), options)
         _own_weights_only(text, weights, options)
         return _from_folder(Path(text))
     if ":" in text:
@@ -200,10 +205,12 @@ def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[st
     return replace(loaded, weights=origin, defaults=defaults, entry=entry, options=dict(options))
 
 
-def _from_module(name: str, source: str, module: torch.nn.Module) -> LoadedModel:
+def _from_module(name: str, source: str, module: torch.nn.Module, *, fresh: bool = False) -> LoadedModel:
+    """`fresh`: the module was made here, so that it need not be copied, which would take its memory again."""
     _check_weights(name, module)
     try:
-        own = copy.deepcopy(module).cpu().eval()  # the caller's module keeps its mode, buffers and device
+        # The caller's module keeps its mode, buffers and device.
+        own = (module if fresh else copy.deepcopy(module)).cpu().eval()
     except Exception as error:  # whatever the module's attributes raise
         raise ExportError(f"{name} cannot be copied, which export needs: {first_line(error)}") from error
     return LoadedModel(_safe(name), source, own, WeightsInfo("module", models.state_dict_sha256(own)))
@@ -312,6 +319,20 @@ def _from_folder(path: Path) -> LoadedModel:
     shapes = (pretrained.shape,) if pretrained.shape is not None else ()
     defaults = Defaults(shapes, pretrained.preprocessing, pretrained.labels)
     return replace(loaded, weights=replace(loaded.weights, source="folder", file=name), defaults=defaults)
+
+
+def _from_decoder_folder(path: Path, options: dict[str, Any]) -> LoadedModel:
+    """A language model of a family that `edgekit.models.decoder` has; `predictor` may lie in the folder itself."""
+    predictor = options.get("predictor")
+    recorded = dict(options)
+    if isinstance(predictor, str | Path):
+        inside = path / predictor
+        options = {**options, "predictor": inside if inside.is_file() else Path(predictor)}
+        recorded["predictor"] = Path(predictor).name
+    name = path.resolve().name
+    loaded = _from_module(name, f"huggingface:{name}", load_decoder(path, options), fresh=True)
+    origin = replace(loaded.weights, source="folder", file=name)
+    return replace(loaded, weights=origin, options=recorded, folder=path)
 
 
 def _own_weights_only(what: str, weights: object, options: dict[str, Any]) -> None:

@@ -32,11 +32,13 @@ from edgekit.runtime.verification import (
     check_outputs,
     classify,
     measure_accuracy,
+    refuse_labels,
     score_output,
     share_correct,
     tolerance_for,
     verify_samples,
 )
+from edgekit.runtime.verification import verify as verify_stored
 
 if TYPE_CHECKING:
     import torch
@@ -91,16 +93,35 @@ def verify(
     if inputs < 1:
         raise InputError(f"inputs must be at least 1, got {inputs}")
     step("open the bundle")
-    opened = bundle if isinstance(bundle, Bundle) else Path(bundle)
-    session = load(opened, backend=backend, threads=threads, kernels=kernels)
-    if layers and session.bundle.manifest.target != "onnx":
-        raise InputError(f"layers are compared in onnx bundles; {session.bundle.name} is one whole library")
+    opened = Bundle.open(bundle)
+    if layers and opened.manifest.target != "onnx":
+        raise InputError(f"layers are compared in onnx bundles; {opened.name} is one whole library")
+    if data is not None:
+        refuse_labels(opened)
     required = live is True or layers or model is not None
+    language = opened.manifest.generation is not None
     loaded, reason = (
-        (None, "not asked for")
-        if live is False and not required
-        else _find_model(session.bundle, model, weights, required)
+        (None, "not asked for") if live is False and not required else _find_model(opened, model, weights, required)
     )
+    if language and loaded is None:
+        step("compare with stored samples")
+        found = verify_stored(opened, tolerance=tolerance, backend=backend, threads=threads, kernels=kernels)
+        return replace(found, not_checked=(f"live PyTorch: {reason}",))
+    if language and loaded is not None:
+        from edgekit.export.language_verification import verify_language_model
+
+        return verify_language_model(
+            opened,
+            loaded,
+            layers=layers,
+            inputs=inputs,
+            tolerance=tolerance,
+            backend=backend,
+            threads=threads,
+            kernels=kernels,
+            step=step,
+        )
+    session = load(opened, backend=backend, threads=threads, kernels=kernels)
     checks: list[Check] = []
     notes: list[str] = []
     try:
@@ -234,7 +255,7 @@ def own_sensitivity(samples: Samples, loaded: LoadedModel, precision: str = "fp3
     The largest relative L2 change of an output over the samples: no runtime can be expected to agree better than this.
     None where no input holds floats.
     """
-    if not any(np.issubdtype(array.dtype, np.floating) for array in samples.inputs.values()):
+    if not any(np.issubdtype(array.dtype, np.floating) for inputs, _ in samples for array in inputs.values()):
         return None
     run = loaded.runner(list(samples.outputs))
     generator = np.random.default_rng(FRESH_SEED)

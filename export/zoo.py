@@ -9,7 +9,7 @@ import numpy as np
 
 from edgekit.errors import InputError, MissingDependencyError
 from edgekit.export.shapes import InputShape
-from edgekit.models.registry import ImageInput, ModelEntry, TensorInput, TensorInputs
+from edgekit.models.registry import ImageInput, ModelEntry, TensorInput, TensorInputs, TokenInput
 from edgekit.runtime.datasets import Dataset
 from edgekit.runtime.manifest import DimRange, TensorSpec
 from edgekit.runtime.session import Array, check_inputs
@@ -19,7 +19,12 @@ NAMED = {"digits": "scikit-learn's handwritten digits"}
 
 
 def default_shapes(entry: ModelEntry, options: Mapping[str, object]) -> tuple[InputShape, ...]:
-    """The inputs of a model built with these options: one image, or tensors with the dynamic sizes it names."""
+    """The inputs of a model built with these options: one image, or tensors with the dynamic sizes it names.
+
+    None for a language model: its graphs say themselves what they take.
+    """
+    if isinstance(entry.input, TokenInput):
+        return ()
     arguments = entry.arguments(options)
     if isinstance(entry.input, ImageInput):
         channels, size = arguments.get("in_chans", entry.input.channels), arguments.get("img_size", entry.input.size)

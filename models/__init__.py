@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from edgekit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from edgekit.models.complexity import count_macs, count_parameters
+    from edgekit.models.complexity import count_macs, count_macs_per_token, count_parameters
     from edgekit.models.fusion import fuse
     from edgekit.models.registry import create_model, list_models, model_entry
     from edgekit.models.weights import load_weights, seed_weights, state_dict_sha256
 
 _MODULES = {
     "count_macs": "complexity",
+    "count_macs_per_token": "complexity",
     "count_parameters": "complexity",
     "create_model": "registry",
     "fuse": "fusion",
@@ -30,6 +31,7 @@ _MODULES = {
 
 __all__ = [
     "count_macs",
+    "count_macs_per_token",
     "count_parameters",
     "create_model",
     "fuse",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgekit.models.decoder import Decoder
+
 
 def count_parameters(model: nn.Module) -> int:
     """The number of trainable and frozen parameters; a shared one counts once, buffers do not count."""
@@ -46,3 +48,21 @@ def count_macs(model: nn.Module, inputs: Sequence[int] | Mapping[str, torch.Tens
         with torch.no_grad(), counter:
             copied(image)
     return counter.get_total_flops() // 2
+
+
+def count_macs_per_token(model: Decoder) -> int:
+    """Multiply-accumulates that a language model spends on each token whatever the text: its linear layers.
+
+    The logits and the boundary predictor count, the latter once per token where layers share boundaries. What grows
+    with the number of tokens does not count: attention, and the choice of what it reads.
+    """
+    trunk = sum(module.weight.numel() for module in model.model.modules() if isinstance(module, nn.Linear))
+    logits = model.config.vocab_size * model.config.hidden_size
+    predictor, sparse = model.boundary_predictor, model.config.attention
+    if predictor is None:
+        return trunk + logits
+    # Queries, keys and values once per token; what follows once for each token of the window around it.
+    mixer, mlp = predictor.enc.mha, (layer for layer in predictor.mlp if isinstance(layer, nn.Linear))
+    projections = mixer.in_proj_weight.numel() + 2 * predictor.window * mixer.out_proj.weight.numel()
+    own = projections + sum(layer.weight.numel() for layer in mlp)
+    return trunk + logits + own * (1 if sparse.share_boundaries else model.config.num_layers)

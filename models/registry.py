@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-FAMILIES = ("shvit", "care", "dynamicvis", "lighthgnn")
+FAMILIES = ("shvit", "care", "dynamicvis", "lighthgnn", "dhsa")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -76,19 +76,38 @@ class TensorInputs:
 
 
 @dataclass(frozen=True)
+class TokenInput:
+    """What a language model wants to see: token ids, int64 `[B, N]`, of texts of up to `context` tokens.
+
+    `tokenizer` "bytes": a token is a byte of the text in UTF-8, and the ids from 256 on stand for `bos`, `eos` and
+    `pad`, the marks of a text's beginning and end and of padding. The factory may take another `context`.
+    """
+
+    vocab_size: int
+    context: int
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    tokenizer: Literal["bytes"] = "bytes"
+    name: str = "input_ids"
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """A registered model.
 
     `parameters` and `macs` count the model as trained, before `fuse`: multiply-accumulates for one image of
-    `input.size`, or for one row of the first of `TensorInputs`. `dataset` names the data that the shipped `weights` (a
-    file in `models/pretrained`) were trained on. `tolerance`: the relative L2 error that an fp32 bundle may have, for a
-    model that answers with larger differences itself when its input changes in the last bit; None: the usual one.
+    `input.size`, for one row of the first of `TensorInputs`, or for one token of `TokenInput` without its attention to
+    others. `num_classes` of a language model is the size of its vocabulary. `dataset` names the data that the shipped
+    `weights` (a file in `models/pretrained`) were trained on. `tolerance`: the relative L2 error that an fp32 bundle
+    may have, for a model that answers with larger differences itself when its input changes in the last bit; None: the
+    usual one.
     """
 
     name: str
     family: str
     factory: Callable[..., nn.Module]
-    input: ImageInput | TensorInputs
+    input: ImageInput | TensorInputs | TokenInput
     num_classes: int
     parameters: int
     macs: int
@@ -117,7 +136,7 @@ Factory = TypeVar("Factory", bound="Callable[..., nn.Module]")
 def register_model(
     *,
     family: str,
-    input: ImageInput | TensorInputs,
+    input: ImageInput | TensorInputs | TokenInput,
     num_classes: int,
     parameters: int,
     macs: int,

@@ -19,6 +19,8 @@ import numpy as np
 from edgekit.errors import EdgekitError, InputError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import Dataset, load_dataset
+from edgekit.runtime.generated import MAX_NEW_TOKENS
+from edgekit.runtime.generation_output import PromptOptions, check_takes_files, run_prompt
 from edgekit.runtime.images import is_image
 from edgekit.runtime.kernel_library import KERNELS_HELP
 from edgekit.runtime.profiler import profile, profile_pair
@@ -49,7 +51,8 @@ def _command(words: list[str]) -> int:
     options = _parser().parse_args(words)
     data, lines, passed = options.command(options)
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) if options.json else "\n".join(lines)
-    print(text)
+    if options.json or lines:  # a command that writes as it goes leaves no lines
+        print(text)
     return 0 if passed else 1
 
 
@@ -95,12 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--vs-kernels", metavar="auto|portable|PATH", help="kernels of that bundle; default: the same")
     sub.add_argument("--size", action="append", default=[], metavar="NAME=N", help="the size of a dynamic dimension")
     sub.add_argument("--runs", type=int, metavar="N", help="timed runs; default: until the median is precise")
-    sub = add("run", _run, "The answer to images (with the bundle's own preprocessing and labels) or to arrays.")
-    sub.add_argument("inputs", nargs="+", metavar="INPUT", help="images, or .npy and .npz arrays")
-    sub.add_argument("--top", "-k", type=int, default=5, metavar="K", help="how many classes to show; default: 5")
+    sub = add("run", _run, "The answer to images (with the bundle's own preprocessing), to arrays or to a prompt.")
+    sub.add_argument("inputs", nargs="*", metavar="INPUT", help="images, or .npy and .npz arrays")
+    sub.add_argument("--top", "-k", type=int, metavar="K", help=f"how many classes to show; default: {TOP}")
     sub.add_argument("--save", metavar="FILE.npz", help="also write the raw outputs")
+    sub.add_argument("--prompt", metavar="TEXT", help="for a language model: the text to continue")
+    sub.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is standard input")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
+    sub.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token; default: 0")
+    sub.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability")
+    sub.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    sub.add_argument("--stats", action="store_true", help="also say what it took, on standard error")
     return parser
 
+
+TOP = 5
 
 # A command returns what to print as JSON, the same as lines, and whether all is well.
 _Result = tuple[Any, list[str], bool]
@@ -134,13 +147,30 @@ def _profile(options: argparse.Namespace) -> _Result:
 
 
 def _run(options: argparse.Namespace) -> _Result:
-    session = load(options.bundle, backend=options.backend, threads=options.threads, kernels=options.kernels)
+    text = PromptOptions(
+        prompt=options.prompt,
+        prompt_file=options.prompt_file,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=tuple(options.stop),
+        stats=options.stats,
+    )
+    text.check(len(options.inputs), {"--top": options.top, "--save": options.save})
+    bundle = Bundle.open(options.bundle)
+    shared = {"backend": options.backend, "threads": options.threads, "kernels": options.kernels}
+    if text.asked:
+        return run_prompt(bundle, text, show=not options.json, **shared), [], True
+    check_takes_files(bundle, options.inputs)
+    session = load(bundle, **shared)
+    top = TOP if options.top is None else options.top
     data: list[dict[str, Any]] = []
     lines = [f"note: {note}" for note in (session.kernels_note, session.threads_note) if note]
     raw: dict[str, Array] = {}
     for path in map(Path, options.inputs):
         if is_image(path):
-            predictions = session.predict(path, k=options.top)
+            predictions = session.predict(path, k=top)
             answers = session.run(_image_inputs(session, path)) if options.save else {}
             data.append({"input": str(path), "predictions": [vars(item) for item in predictions]})
             lines += prediction_lines(str(path), predictions)

@@ -35,6 +35,7 @@ from edgekit.runtime.storage import (
 __all__ = ["MANIFEST", "REPORT", "SAMPLES", "Bundle", "BundleWriter", "Samples", "bundle_stem"]
 
 SAMPLES = "samples.npz"
+PART = "decode"  # the one part that a bundle may have besides its main graph
 TEXT_LIMIT = 64 * 2**20  # bytes of the manifest, and of the report
 _NO_LIMIT = 2**63 - 1
 _ATTEMPTS = 50
@@ -43,10 +44,11 @@ _ATTEMPTS = 50
 class Bundle:
     """An opened bundle. Use `Bundle.open(path)`; `bundle.manifest` says what is inside."""
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, *, part_of: Bundle | None = None) -> None:
         self.path = storage.path
         self.manifest = manifest
         self._storage = storage
+        self._whole = part_of
 
     @property
     def packed(self) -> bool:
@@ -65,8 +67,10 @@ class Bundle:
 
     @property
     def size_of_model(self) -> int:
-        """Bytes of the model file alone."""
-        return self.manifest.files[self.manifest.model_file].size
+        """Bytes of the model file, and of its weights where they lie apart."""
+        files = self.manifest.files
+        apart = sum(entry.size for entry in files.values() if entry.role == "weights")
+        return files[self.manifest.model_file].size + apart
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r})"
@@ -114,14 +118,51 @@ class Bundle:
             raise BundleError(f"{self.path.name} lists no file {name!r}; it has {', '.join(self.manifest.files)}")
         return self.manifest.files[name]
 
+    def part(self, name: str) -> Bundle:
+        """The graph `decode` of a language model as a bundle of its own, on the same files.
+
+        Its manifest describes that graph as the main one: its tensors, its samples and its figures, under the name
+        NAME-decode. What it adds to the report stands there as the section `decode`. Raises `BundleError` where the
+        bundle has no such part.
+        """
+        graph = self.manifest.decode if name == PART else None
+        if graph is None:
+            raise BundleError(f"{self.path.name} has no part {name!r}; it holds one graph")
+        entries = self.manifest.files
+        files = {graph.file: replace(entries[graph.file], role="model")}
+        files |= {file: entry for file, entry in entries.items() if entry.role == "weights" or file == graph.samples}
+        manifest = replace(
+            self.manifest,
+            name=f"{self.manifest.name}-{PART}",
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            dims=graph.dims,
+            ops=graph.ops,
+            custom_ops=graph.custom_ops,
+            files=files,
+            verification=graph.verification,
+            decode=None,
+            generation=None,
+        )
+        return Bundle(self._storage, manifest, part_of=self)
+
+    def parts(self) -> dict[str, Bundle]:
+        """The bundles to run, each with one graph: `prefill` and `decode` of a language model, else itself, unnamed."""
+        return {"": self} if self.manifest.decode is None else {"prefill": self, PART: self.part(PART)}
+
     def samples(self) -> Samples:
         """The stored inputs and PyTorch outputs. A bundle without them gives empty `Samples`."""
-        if SAMPLES not in self.manifest.files:
+        decode = self._whole.manifest.decode if self._whole is not None else None
+        name = SAMPLES if decode is None else decode.samples
+        if name is None or name not in self.manifest.files:
             return Samples({}, {})
-        return Samples.load(self.read(SAMPLES), self.manifest, where=f"{self.path.name}/{SAMPLES}")
+        return Samples.load(self.read(name), self.manifest, where=f"{self.path.name}/{name}")
 
     def report(self) -> dict[str, Any]:
         """What was measured so far (`report.json`): empty where nothing was."""
+        if self._whole is not None:
+            section = self._whole.report().get(PART, {})
+            return section if isinstance(section, dict) else {}
         if not self._storage.has(REPORT):
             return {}
         try:
@@ -141,6 +182,8 @@ class Bundle:
             return False
         report = self.report()
         report[section] = data
+        if self._whole is not None:
+            return self._whole.add_to_report(PART, report)
         try:
             write_text_atomic(self.path / REPORT, _json(report))
         except OSError:
@@ -153,6 +196,8 @@ class Bundle:
         Bundles of the same content give the same bytes. Raises `BundleError` where the zip cannot be written, or
         something else stands at its place; nothing is left then.
         """
+        if self._whole is not None:
+            raise BundleError(f"{self.name} is a part of {self.path.name}; pack the whole bundle")
         if self.packed:
             return self
         destination = destination or self.path.with_name(self.path.name + ".zip")

@@ -2,7 +2,8 @@
 
 Which files does it want to read besides its own? An ONNX tensor may keep its values in another file, at a path that the
 model chooses. onnxruntime reads such files when it loads the model: recent versions refuse paths out of the model's
-folder, older ones do not, and all of them take a file that no manifest lists. So edgekit looks before it loads.
+folder, older ones do not, and all of them take a file that no manifest lists. So edgekit looks before it loads, and
+takes weights from files alone that the manifest lists as such.
 
 Which of its nodes are ops of ours? These may be served by native kernels, or by the function bodies in the model.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ _CHILDREN: dict[Message, dict[int, Message]] = {
     "tensor": {},
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+_INITIALIZER_DEPTH = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 # The fields that lead to nodes and to the types of tensors.
@@ -60,30 +63,78 @@ class CustomNode:
     has_body: bool = True
 
 
-def external_data(model: memoryview) -> list[str]:
-    """What the tensors of a serialized ONNX model say of their data outside of it; empty where all data is inside.
+@dataclass(frozen=True)
+class ExternalTensor:
+    """What a tensor says of its data outside of the model: keys and values as they stand there, in order.
+
+    `initializer`: it is one of the main graph, rather than part of a node, of a function or of a graph inside a node.
+    """
+
+    entries: tuple[tuple[str, str], ...]
+    initializer: bool
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.entries) or "data_location"
+
+
+def external_data(model: memoryview) -> list[ExternalTensor]:
+    """The tensors of a serialized ONNX model whose data lies outside of it; empty where all data is inside.
 
     Raises `ValueError` where `model` is no ONNX model: truncated, of another format, or not encoded as protobuf is.
     """
     if bytes(model[4:8]) == b"ORTM":
         raise ValueError("it is in onnxruntime's own format, not ONNX")
-    found: list[str] = []
-    left: list[tuple[Message, memoryview]] = [("model", model)]
+    found: list[ExternalTensor] = []
+    left: list[tuple[Message, memoryview, int]] = [("model", model, 0)]
     has_graph = False
     while left:
-        kind, message = left.pop()
+        kind, message, depth = left.pop()
+        if kind == "tensor":
+            # The main graph lies in the model, and its initializers in it. A sparse one's tensors lie deeper.
+            found += _external_tensor(message, depth == _INITIALIZER_DEPTH)
+            continue
         for field, value in _fields(message):
-            if kind == "tensor":
-                if field == _EXTERNAL_DATA and isinstance(value, memoryview):
-                    found.append(_text(value))
-                elif field == _DATA_LOCATION and value != 0:
-                    found.append("data_location")
-            elif field in _CHILDREN[kind] and isinstance(value, memoryview):
+            if field in _CHILDREN[kind] and isinstance(value, memoryview):
                 has_graph = has_graph or kind == "model"
-                left.append((_CHILDREN[kind][field], value))
+                inside = _CHILDREN[kind][field]
+                left.append((inside, value, depth + (1 if inside in ("graph", "tensor") else _INITIALIZER_DEPTH)))
     if not has_graph:
         raise ValueError("it holds no graph")
     return found
+
+
+def weights_problem(tensor: ExternalTensor, sizes: Mapping[str, int]) -> str | None:
+    """Why a tensor's data may not be read; None where all is well.
+
+    Args:
+        tensor: one of a model that lies beside the files.
+        sizes: the files that the manifest lists for weights, by name, with their sizes in bytes.
+    """
+    entries = dict(tensor.entries)
+    if not tensor.initializer:
+        return "only weights of the main graph may lie in another file"
+    if len(entries) < len(tensor.entries) or entries.keys() != {"location", "offset", "length"}:
+        return "it must name its location, offset and length, each once"
+    location = entries["location"]
+    if location not in sizes:
+        return f"the manifest lists no file {location[:80]!r} with the role 'weights'"
+    numbers = [entries[key] for key in ("offset", "length")]
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,17}", number) for number in numbers):
+        return "its offset and length must be numbers"
+    if sum(map(int, numbers)) > sizes[location]:
+        return f"it ends behind the {sizes[location]} bytes of {location}"
+    return None
+
+
+def _external_tensor(message: memoryview, initializer: bool) -> list[ExternalTensor]:
+    """The tensor where it says that its data lies outside, by either of the two fields for it."""
+    entries, outside = [], False
+    for field, value in _fields(message):
+        if field == _EXTERNAL_DATA and isinstance(value, memoryview):
+            entries.append(_entry(value))
+        elif field == _DATA_LOCATION and value != 0:
+            outside = True
+    return [ExternalTensor(tuple(entries), initializer)] if entries or outside else []
 
 
 def custom_nodes(model: memoryview, domain: str) -> tuple[CustomNode, ...]:
@@ -257,7 +308,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError(f"an integer without an end at byte {at}")
 
 
-def _text(entry: memoryview) -> str:
-    """A key and its value, as `key=value`."""
-    parts = [bytes(value).decode("utf-8", "replace") for _, value in _fields(entry) if isinstance(value, memoryview)]
-    return "=".join(parts)
+def _entry(message: memoryview) -> tuple[str, str]:
+    """A key and its value; the last of each counts, as protobuf reads it."""
+    texts = dict(_messages(message))
+    return _decoded(texts.get(1, memoryview(b""))), _decoded(texts.get(2, memoryview(b"")))

@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,23 @@ from edgekit.runtime import kernel_library
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.kernel_library import DOMAIN, Choice, KernelLibrary
 from edgekit.runtime.manifest import TensorSpec
-from edgekit.runtime.onnx_files import CustomNode, adds_in_place, custom_nodes, external_data, mapped
+from edgekit.runtime.onnx_files import (
+    CustomNode,
+    adds_in_place,
+    custom_nodes,
+    external_data,
+    mapped,
+    weights_problem,
+)
 from edgekit.runtime.op_times import Event, node_times
 from edgekit.runtime.session import Array, Session
 
 GUARD = "edgekit: "
 """Names of nodes in function bodies that begin so are messages: see `edgekit.custom_ops.onnx_function`, which writes
 them. The runtime imports nothing of edgekit's but itself, so a test holds both to be equal."""
+
+MAPPED_FROM = 256 * 2**20
+"""Bytes of fp32 weights from which on sessions leave them in their file: see `OnnxRuntimeSession`."""
 
 _LOG = logging.getLogger("edgekit")
 # onnxruntime's names of the dtypes that a manifest may list.
@@ -63,7 +74,7 @@ class OnnxRuntimeSession(Session):
     def _look_into_file(self) -> tuple[tuple[CustomNode, ...], bool]:
         """The nodes of our own ops, and whether only one thread computes the right answers (onnxruntime issue 18048).
 
-        Refuses a model that would make onnxruntime read any file but its own.
+        Refuses a model that would make onnxruntime read any file but its own and the bundle's weights.
         """
         name = self.bundle.manifest.model_file
         where = f"{self.bundle.path.name}/{name}"
@@ -76,11 +87,17 @@ class OnnxRuntimeSession(Session):
             if isinstance(error, BundleError):
                 raise
             raise BundleError(f"{where} is no ONNX model: {error}; export it again") from error
-        if outside:
-            raise BundleError(
-                f"{where} keeps tensors in other files ({outside[0][:80]!r}), which no bundle does; refusing to read "
-                "them. Save the model in one file and export it again"
-            )
+        files = self.bundle.manifest.files
+        self._weights = {file: entry.size for file, entry in files.items() if entry.role == "weights"}
+        beside = {} if "/" in name else self._weights  # a location counts from the folder of the model
+        for tensor in outside:
+            problem = weights_problem(tensor, beside)
+            if problem is not None:
+                raise BundleError(
+                    f"{where} keeps tensors in other files ({str(tensor)[:80]!r}), and {problem}; refusing to read "
+                    "them. Export the model again"
+                )
+        self._outside = bool(outside)
         return nodes, one_thread
 
     def _create_with(
@@ -141,19 +158,70 @@ class OnnxRuntimeSession(Session):
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library.path))
+            if self._outside:
+                self._give_weights(options, packed=path is None)
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, none with a common base
             raise BundleError(
                 f"onnxruntime {onnxruntime.__version__} cannot load {self.bundle.path.name}/{name}: {error}"
             ) from error
 
+    def _give_weights(self, options: onnxruntime.SessionOptions, *, packed: bool) -> None:
+        """Let a session read the weights that lie beside its model, with as few copies of them as it can.
+
+        A session lays out the weights of its matrix products anew, for itself: two sessions hold them twice. Without
+        that they stay mapped from the file, which all sessions share, and a product with many rows takes a tenth
+        longer, one with several up to three times (one with one is faster). That pays where weights are large. Those
+        of four bits must be laid out anew: their products take a hundred times longer otherwise.
+        """
+        if maps_weights(self.bundle):
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if packed:
+            self._content = {file: self.bundle.read(file) for file in self._weights}  # must outlive the session
+            give_weights(options, self._content)
+
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         try:
             values = self._session.run(self._output_names, inputs)
         except Exception as error:  # see _create
-            message = op_error(str(error), {node.op for node in self._nodes})
-            raise InputError(message or f"onnxruntime could not run {self.bundle.name}: {error}") from error
+            raise self._failed(error) from error
         return dict(zip(self._output_names, values, strict=True))
+
+    @staticmethod
+    def value(array: Array) -> onnxruntime.OrtValue:
+        """A tensor for `run_values` on the memory of an array (C-contiguous): what is written there later, it holds."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+    def run_values(
+        self, inputs: Mapping[str, onnxruntime.OrtValue], *, interruptible: bool = False
+    ) -> dict[str, onnxruntime.OrtValue]:
+        """Run on tensors that onnxruntime holds and leave the answers with it, for loops that feed answers back.
+
+        Nothing is copied, and nothing is checked but what onnxruntime checks: the caller answers for names, dtypes,
+        shapes and indices. Raises `InputError` where the run fails.
+
+        Args:
+            interruptible: for long runs: Ctrl-C ends the run at its next node, rather than after it. Costs a thread.
+        """
+        options = onnxruntime.RunOptions()
+        try:
+            if not interruptible:
+                values = self._session.run_with_ort_values(self._output_names, inputs, options)
+            else:
+                with ThreadPoolExecutor(1) as pool:  # leaving the block waits for the run
+                    try:
+                        run = pool.submit(self._session.run_with_ort_values, self._output_names, inputs, options)
+                        values = run.result()
+                    except KeyboardInterrupt:
+                        options.terminate = True
+                        raise
+        except Exception as error:  # see _create
+            raise self._failed(error) from error
+        return dict(zip(self._output_names, values, strict=True))
+
+    def _failed(self, error: Exception) -> InputError:
+        message = op_error(str(error), {node.op for node in self._nodes})
+        return InputError(message or f"onnxruntime could not run {self.bundle.name}: {error}")
 
     def op_times(self, inputs: Mapping[str, Array], *, runs: int) -> list[dict[str, Any]]:
         """Time every node over `runs` runs in a separate, profiled session on the same kernels.
@@ -175,6 +243,21 @@ class OnnxRuntimeSession(Session):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
         ]
         return node_times(timed, {node.op for node in self._nodes}, DOMAIN)
+
+
+def give_weights(options: onnxruntime.SessionOptions, contents: Mapping[str, bytes]) -> None:
+    """Let a model in memory find its weights there too: contents by the names that it calls their files.
+
+    They must stay as long as the session.
+    """
+    values = list(contents.values())
+    options.add_external_initializers_from_files_in_memory(list(contents), values, list(map(len, values)))
+
+
+def maps_weights(bundle: Bundle) -> bool:
+    """Whether sessions leave this bundle's weights in their file: see `MAPPED_FROM`."""
+    weights = sum(entry.size for entry in bundle.manifest.files.values() if entry.role == "weights")
+    return bundle.manifest.precision == "fp32" and weights >= MAPPED_FROM
 
 
 def _kept(item: dict[str, Any]) -> dict[str, Any]:

@@ -14,18 +14,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from edgekit.errors import InputError
 from edgekit.runtime import timing
 from edgekit.runtime.bundle import Bundle
-from edgekit.runtime.kernel_library import KernelUse, kernel_kinds, kernel_uses
+from edgekit.runtime.generation_info import Generation
+from edgekit.runtime.kernel_library import kernel_kinds, kernel_uses
+from edgekit.runtime.language_inputs import token_inputs
 from edgekit.runtime.op_times import NodeTime, OpTime, op_breakdown
+from edgekit.runtime.profile_results import InputSource, Profile, ProfileComparison
 from edgekit.runtime.session import Array, Session, backend_for, load, random_inputs
 from edgekit.runtime.system import (
-    Machine,
     PeakMemory,
     installed_version,
     load_average,
@@ -33,90 +35,18 @@ from edgekit.runtime.system import (
     this_machine,
     thread_count,
 )
-from edgekit.runtime.timing import Latency, Policy, Ratio, Series, Stability, Timer
+from edgekit.runtime.timing import Policy, Series, Timer
 
 if TYPE_CHECKING:
     import os
 
-SCHEMA = 1
+__all__ = ["Profile", "ProfileComparison", "choose_inputs", "profile", "profile_pair"]
+
 # The threads of a session go on spinning for up to about 90 ms after its last run and slow down whatever comes next.
 SPIN_MS = 100.0
 _OP_RUNS, _OP_MS, _MOST_SETTLING_RUNS = (3, 50), 1_000.0, 200
 # A loop in a function body can make thousands of calls per run, and a backend's trace takes about 1 KB for each.
 _MOST_CALLS = 50_000
-
-InputSource = Literal["stored sample", "random"]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What was measured of one bundle.
-
-    Attributes:
-        bundle, file: the bundle's name and its file or folder name.
-        started: UTC, ISO 8601.
-        kernels: what served edgekit's own ops; the figures hold for these kernels alone. Empty where there are none.
-        threads: how many one run uses; counted where the backend chose, None where the system does not count.
-        inputs: the shapes that were run, by name; `input_source` says with which values.
-        runs, warmup_runs: timed and untimed runs; the first run, in `first_run_ms`, is one of the untimed.
-        latency_ms: statistics of the timed runs, milliseconds.
-        inferences_per_second, items_per_second: from the mean latency; an item is one entry of the batch.
-        load_ms, first_run_ms: milliseconds to load the model, and of the first run after.
-        memory: resident bytes that loading and the warm-up added at their peak.
-        model_bytes: the size of the model file.
-        ops, top_nodes: per op type and the costliest nodes, both by falling time; empty where they were not measured.
-        overhead_share: share of the median run outside the kernels; None where ops were not measured.
-    """
-
-    bundle: str
-    file: str
-    started: str
-    backend: str
-    kernels: tuple[KernelUse, ...]
-    threads: int | None
-    inputs: dict[str, tuple[int, ...]]
-    input_source: InputSource
-    runs: int
-    warmup_runs: int
-    latency_ms: Latency
-    inferences_per_second: float
-    items_per_second: float
-    load_ms: float
-    first_run_ms: float
-    memory: PeakMemory
-    model_bytes: int
-    ops: tuple[OpTime, ...]
-    top_nodes: tuple[NodeTime, ...]
-    overhead_share: float | None
-    stability: Stability
-    machine: Machine
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON. Every float is finite and has six significant digits."""
-        return {"schema": SCHEMA, **_plain(self)}
-
-
-@dataclass(frozen=True)
-class ProfileComparison:
-    """Two bundles measured in turns.
-
-    Attributes:
-        a, b: both profiles.
-        ratio: the median latency of b over that of a: above 1, a is faster.
-        rounds: how often both had a turn.
-        verdict: the result in one sentence.
-    """
-
-    a: Profile
-    b: Profile
-    ratio: Ratio
-    rounds: int
-    verdict: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON. Every float is finite and has six significant digits."""
-        return {"schema": SCHEMA, **_plain(self)}
 
 
 @runtime_checkable
@@ -160,7 +90,8 @@ def profile(
         backend: the name of a backend; None takes the first that fits the bundle's target.
         threads: threads for one run; None leaves it to the backend.
         kernels: as for `edgekit.load`.
-        sizes: values of symbolic dimensions, such as `{"N": 4}`. The bundle's first stored sample is run where it has
+        sizes: values of symbolic dimensions, such as `{"N": 4}`; of a language model `tokens`, `past` and `batch` (see
+            `edgekit.runtime.language_inputs`). Another bundle's first stored sample is run where it has
             these sizes, else random values; dimensions not named here then take their smallest size.
         runs: exactly so many timed runs; None: as many as a precise median needs.
         warmup: exactly so many untimed runs, at least 1; None: until the latency has settled.
@@ -174,11 +105,16 @@ def profile(
     """
     policy = Policy(runs, warmup, min_seconds, max_seconds)
     opened = Bundle.open(bundle)
-    started, load_before = _now(), load_average()
-    with _no_garbage_collection():
-        subject = _prepare(opened, policy, backend, threads, kernels, sizes)
-        latencies = timing.measure(_timer(subject), policy)
-    return _report(subject, latencies, started, load_before, ops=ops)
+    _check_sizes(opened, sizes)
+    profiles = []
+    for part in opened.parts().values():
+        started, load_before = _now(), load_average()
+        with _no_garbage_collection():
+            subject = _prepare(part, policy, backend, threads, kernels, sizes, opened.manifest.generation)
+            latencies = timing.measure(_timer(subject), policy)
+        profiles.append(_report(subject, latencies, started, load_before, ops=ops))
+        del subject  # the next graph's memory is measured without this one's
+    return profiles[0] if len(profiles) == 1 else dataclasses.replace(profiles[0], decode=profiles[1])
 
 
 def profile_pair(
@@ -212,13 +148,41 @@ def profile_pair(
     policy = Policy(runs, warmup, min_seconds, max_seconds)
     if runs is not None and runs < timing.MIN_ROUNDS:
         raise InputError(f"runs must be at least {timing.MIN_ROUNDS} to compare two bundles, got {runs}")
-    opened = Bundle.open(bundle_a), Bundle.open(bundle_b)
+    wholes = Bundle.open(bundle_a), Bundle.open(bundle_b)
+    if wholes[0].parts().keys() != wholes[1].parts().keys():
+        raise InputError(f"{wholes[0].name} and {wholes[1].name} do not compare: only one of them is a language model")
+    for whole in wholes:
+        _check_sizes(whole, sizes)
+    pairs = [
+        _measure_pair(
+            wholes, name, policy, (backend, threads), (kernels, kernels if vs_kernels is None else vs_kernels), sizes,
+            ops=ops, seed=seed,
+        )
+        for name in wholes[0].parts()
+    ]  # fmt: skip
+    return pairs[0] if len(pairs) == 1 else dataclasses.replace(pairs[0], decode=pairs[1])
+
+
+def _measure_pair(
+    wholes: tuple[Bundle, Bundle],
+    part: str,
+    policy: Policy,
+    setting: tuple[str | None, int | None],
+    kernels: tuple[str | os.PathLike[str], str | os.PathLike[str]],
+    sizes: Mapping[str, int] | None,
+    *,
+    ops: bool,
+    seed: int,
+) -> ProfileComparison:
+    """Measure one graph of two bundles in turns; `setting` is backend and threads."""
+    backend, threads = setting
+    opened = wholes[0].parts()[part], wholes[1].parts()[part]
+    texts = wholes[0].manifest.generation, wholes[1].manifest.generation
     started, load_before = _now(), load_average()
     with _no_garbage_collection():
-        a = _prepare(opened[0], policy, backend_for(opened[0], backend), threads, kernels, sizes)
+        a = _prepare(opened[0], policy, backend_for(opened[0], backend), threads, kernels[0], sizes, texts[0])
         time.sleep(SPIN_MS / 1000)
-        b_kernels = kernels if vs_kernels is None else vs_kernels
-        b = _prepare(opened[1], policy, backend_for(opened[1], backend), threads, b_kernels, sizes)
+        b = _prepare(opened[1], policy, backend_for(opened[1], backend), threads, kernels[1], sizes, texts[1])
         if _batch(a) != _batch(b):
             raise InputError(
                 f"{opened[0].name} runs batches of {_batch(a)} and {opened[1].name} of {_batch(b)}; choose sizes for "
@@ -241,6 +205,14 @@ def profile_pair(
     if any(side.stability.verdict == "unstable" for side in profiles):
         verdict += "; the timing is unstable: repeat on an idle machine"
     return ProfileComparison(profiles[0], profiles[1], ratio, len(turns[0]), verdict)
+
+
+def _check_sizes(bundle: Bundle, sizes: Mapping[str, int] | None) -> None:
+    """Raise `InputError` before the first graph takes its time, for sizes that a later one does not take."""
+    generation = bundle.manifest.generation
+    for part in bundle.parts().values() if generation is not None else ():
+        if generation is not None:
+            token_inputs(part.manifest, generation, sizes)
 
 
 def choose_inputs(bundle: Bundle, sizes: Mapping[str, int] | None) -> tuple[dict[str, Array], InputSource]:
@@ -267,6 +239,7 @@ def _prepare(
     threads: int | None,
     kernels: str | os.PathLike[str],
     sizes: Mapping[str, int] | None,
+    generation: Generation | None,
 ) -> _Subject:
     # A library's own memory and threads are no part of the session's: import it before anything is counted.
     import edgekit.runtime.onnxruntime_backend  # noqa: F401
@@ -276,7 +249,12 @@ def _prepare(
 
         import_tvm()
 
-    inputs, source = choose_inputs(bundle, sizes)
+    inputs: dict[str, Array]
+    source: InputSource
+    if generation is None:
+        inputs, source = choose_inputs(bundle, sizes)
+    else:
+        inputs, source = token_inputs(bundle.manifest, generation, sizes), "random"
 
     def start() -> tuple[Session, int | None, list[int]]:
         before = thread_count()
@@ -312,7 +290,7 @@ def _report(subject: _Subject, latencies: Series, started: str, load_before: flo
         load_ms=1000 * subject.session.load_seconds,
         first_run_ms=subject.first_run_ms,
         memory=subject.memory,
-        model_bytes=bundle.manifest.files[bundle.manifest.model_file].size,
+        model_bytes=bundle.size_of_model,
         ops=op_times,
         top_nodes=top_nodes,
         overhead_share=max(0.0, 1 - kernels / latency.p50) if op_times else None,
@@ -386,16 +364,3 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses to dicts, tuples to lists, floats to six digits (None where not finite)."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

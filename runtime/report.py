@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from edgekit.runtime.kernel_library import kernel_kinds, kernel_lines
@@ -77,13 +78,17 @@ def machine_line(machine: Machine) -> str:
 def profile_lines(profile: Profile) -> list[str]:
     """A profile as lines of text: latency, throughput, memory, stability, machine, and the costliest ops."""
     latency, stability = profile.latency_ms, profile.stability
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in profile.inputs.items())
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in profile.inputs.items() if _shown(name))
     threads = "unknown threads" if profile.threads is None else plural(profile.threads, "thread")
     kernels = kernel_lines(profile.kernels)
     figures = ("p50", "p90", "p99", "mean", "std", "min", "max")
+    rates = f"{rate(profile.inferences_per_second)} inferences/s, {rate(profile.items_per_second)} items/s"
+    if "input_ids" in profile.inputs:
+        tokens = math.prod(profile.inputs["input_ids"])
+        rates = f"{rate(tokens * profile.inferences_per_second)} tokens/s"
     facts = [
         ("latency", ", ".join(f"{figure} {ms(getattr(latency, figure))}" for figure in figures)),
-        ("throughput", f"{rate(profile.inferences_per_second)} inferences/s, {rate(profile.items_per_second)} items/s"),
+        ("throughput", rates),
         ("loading", f"{ms(profile.load_ms)}, then {ms(profile.first_run_ms)} for the first run"),
         ("memory", f"{bytes_(profile.memory.bytes)} added ({profile.memory.method})"),
         ("model", bytes_(profile.model_bytes)),
@@ -101,7 +106,12 @@ def profile_lines(profile: Profile) -> list[str]:
         lines += ["", *table(rows, ("op", "nodes", "time per run", "share"), "lrrr").splitlines()]
     if profile.overhead_share is not None:
         lines.append(f"outside the kernels: {percent(profile.overhead_share)} of a run")
-    return lines
+    return lines if profile.decode is None else [*lines, "", *profile_lines(profile.decode)]
+
+
+def _shown(name: str) -> bool:
+    """Whether an input's shape is worth a word: a cache has the same for every layer, and its mask tells its length."""
+    return not name.startswith("past_")
 
 
 def comparison_lines(comparison: ProfileComparison) -> list[str]:
@@ -115,7 +125,8 @@ def comparison_lines(comparison: ProfileComparison) -> list[str]:
     lines = table(rows, ("bundle", "p50", "p90", "p99", "timing"), "lrrrl").splitlines()
     for name, side in zip(names, sides, strict=True):
         lines += [f"- {name}: {reason}" for reason in side.stability.reasons]
-    return [*lines, comparison.verdict]
+    lines.append(comparison.verdict)
+    return lines if comparison.decode is None else [*lines, "", *comparison_lines(comparison.decode)]
 
 
 def _three_digits(value: float) -> str:

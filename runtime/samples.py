@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,22 @@ _LOAD_ERRORS = (
 class Samples:
     """Stored inputs and what PyTorch answered: both map a tensor's name to an array with a leading sample axis.
 
-    Sample i of input `image` is `inputs["image"][i]`, with the batch axis that the model takes (usually 1).
+    Sample i of input `image` is `inputs["image"][i]`, with the batch axis that the model takes (usually 1). Samples of
+    different sizes are a list of arrays instead.
     """
 
-    inputs: dict[str, NDArray[Any]]
-    outputs: dict[str, NDArray[Any]]
+    inputs: Mapping[str, NDArray[Any] | Sequence[NDArray[Any]]]
+    outputs: Mapping[str, NDArray[Any] | Sequence[NDArray[Any]]]
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]]) -> Samples:
+        """Samples of any sizes, from inputs and outputs of each; all have the same names."""
+        sides: tuple[dict[str, list[NDArray[Any]]], dict[str, list[NDArray[Any]]]] = ({}, {})
+        for pair in pairs:
+            for side, arrays in zip(sides, pair, strict=True):
+                for name, array in arrays.items():
+                    side.setdefault(name, []).append(array)
+        return Samples(*sides)
 
     def __len__(self) -> int:
         return next((len(array) for array in self.inputs.values()), 0)
@@ -57,9 +69,14 @@ class Samples:
             )
 
     def save(self, path: Path) -> None:
-        """Write as .npz with the names `inputs/NAME` and `outputs/NAME`."""
-        arrays = {f"inputs/{name}": array for name, array in self.inputs.items()}
-        arrays |= {f"outputs/{name}": array for name, array in self.outputs.items()}
+        """Write as .npz with the names `inputs/NAME` and `outputs/NAME`; `inputs.0/NAME` and so on for lists."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for side, values in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for name, value in values.items():
+                if isinstance(value, np.ndarray):
+                    arrays[f"{side}/{name}"] = value
+                else:
+                    arrays |= {f"{side}.{index}/{name}": array for index, array in enumerate(value)}
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its own options
 
     @classmethod
@@ -71,22 +88,34 @@ class Samples:
             raise BundleError(
                 f"{where} cannot be read ({error}); it must hold plain number arrays, export the bundle again"
             ) from error
-        sides: dict[str, dict[str, NDArray[Any]]] = {"inputs": {}, "outputs": {}}
+        pieces: dict[str, dict[str, dict[int | None, NDArray[Any]]]] = {"inputs": {}, "outputs": {}}
         for key, array in arrays.items():
-            side, _, name = key.partition("/")
-            if side not in sides or not name:
+            match = re.fullmatch(r"(inputs|outputs)(?:\.(0|[1-9][0-9]{0,5}))?/(.+)", key, re.DOTALL)
+            if match is None:
                 raise BundleError(f"{where} holds the unexpected array {key[:80]!r}; export the bundle again")
-            if array.ndim == 0 or array.dtype.kind not in "biuf":
+            if array.dtype.kind not in "biuf" or (array.ndim == 0 and match[2] is None):
                 raise BundleError(f"{where}: {key[:80]!r} must hold numbers of several samples, got {array.dtype}")
-            sides[side][name] = array
-        lengths = {len(array) for array in arrays.values()}
+            pieces[match[1]].setdefault(match[3], {})[None if match[2] is None else int(match[2])] = array
+        sides = {side: {name: _whole(parts, where) for name, parts in named.items()} for side, named in pieces.items()}
+        lengths = {len(array) for side in sides.values() for array in side.values()}
         if len(lengths) > 1:
             raise BundleError(f"{where} holds different numbers of samples: {sorted(lengths)}; export the bundle again")
         if arrays:
             _check_names(sides["inputs"], [spec.name for spec in manifest.inputs], where)
             for spec in manifest.inputs:
-                _check_input(sides["inputs"][spec.name], spec, manifest, where)
+                found = sides["inputs"][spec.name]
+                for array in [found[:1]] if isinstance(found, np.ndarray) else [item[None] for item in found]:
+                    _check_input(array, spec, manifest, where)
         return cls(sides["inputs"], sides["outputs"])
+
+
+def _whole(parts: dict[int | None, NDArray[Any]], where: str) -> NDArray[Any] | list[NDArray[Any]]:
+    """One array of all samples, or the list of its pieces, numbered from 0."""
+    if parts.keys() == {None}:
+        return parts[None]
+    if parts.keys() != set(range(len(parts))):
+        raise BundleError(f"{where} lacks a sample of one of its arrays; export the bundle again")
+    return [parts[index] for index in range(len(parts))]
 
 
 def _load(content: bytes) -> dict[str, NDArray[Any]]:
@@ -102,8 +131,8 @@ def _load(content: bytes) -> dict[str, NDArray[Any]]:
         return {name: np.asarray(data[name]) for name in data.files}
 
 
-def _check_names(found: dict[str, NDArray[Any]], wanted: Sequence[str], where: str) -> None:
-    if found.keys() != set(wanted):
+def _check_names(found: Collection[str], wanted: Sequence[str], where: str) -> None:
+    if set(found) != set(wanted):
         raise BundleError(
             f"{where} holds samples of the inputs {sorted(found)}, the manifest lists {sorted(wanted)}; export it again"
         )

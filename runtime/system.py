@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -190,6 +191,45 @@ def peak_memory_bytes() -> int | None:
 def thread_count() -> int | None:
     """Threads of this process, those of native libraries included, where Linux tells it."""
     return next(iter(_integers(_status().get("Threads"))), None)
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """How many bytes of memory this process may still take; None where the system does not tell (macOS, Windows).
+
+    The least of what Linux has available, what the process's cgroup and its parents leave (files kept in memory that
+    are not in use count as free), and what the limit of the address space (`ulimit -v`) leaves. All but the last are
+    read from /proc and /sys under `root`.
+    """
+    available = _kilobytes(_fields(_read(root / "proc/meminfo")).get("MemAvailable"))
+    left = [] if available is None else [available]
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers:
+            for folder in _upwards(root / "sys/fs/cgroup", path):
+                left += _left_in(folder, "memory.max", "memory.current", "inactive_file")
+        if "memory" in controllers.split(","):
+            for folder in _upwards(root / "sys/fs/cgroup/memory", path):
+                left += _left_in(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    left += _left_of_address_space()
+    return max(0, min(left)) if left else None
+
+
+def _left_in(folder: Path, limit: str, used: str, unused_files: str) -> list[int]:
+    """What a cgroup leaves, where it has a limit."""
+    limits, now = _integers(_read(folder / limit)), _integers(_read(folder / used))
+    if not limits or not now:
+        return []
+    files = re.search(rf"^{unused_files} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
+    return [limits[0] - now[0] + (int(files[1]) if files else 0)]
+
+
+def _left_of_address_space() -> list[int]:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    limit, size = resource.getrlimit(resource.RLIMIT_AS)[0], _kilobytes(_status().get("VmSize"))
+    return [] if limit == resource.RLIM_INFINITY or size is None else [limit - size]
 
 
 def measure_peak(call: Callable[[], T]) -> tuple[T, PeakMemory]:

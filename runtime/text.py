@@ -10,7 +10,7 @@ from edgekit.runtime.kernel_library import kernel_lines
 from edgekit.runtime.postprocess import Prediction
 from edgekit.runtime.report import table
 from edgekit.runtime.session import Array
-from edgekit.runtime.verification import Verification
+from edgekit.runtime.verification import Verification, shown_outputs
 
 _CHECK_COLUMNS = ("against", "output", "inputs", "max abs", "rel L2", "tolerance", "cosine", "PSNR", "same top-1", "")
 
@@ -19,7 +19,7 @@ def verification_lines(result: Verification) -> list[str]:
     """Every output's figures, the accuracy, what was left out, and the verdict."""
     rows = []
     for check in result.checks:
-        for item in check.outputs:
+        for name, item in shown_outputs(check):
             figures = ["", "", f"{item.tolerance:.0e}", "", "", ""]
             if item.problem is None:
                 agreement = "" if item.top1_agreement is None else f"{100 * item.top1_agreement:.0f} %"
@@ -32,7 +32,7 @@ def verification_lines(result: Verification) -> list[str]:
                     agreement,
                 ]
             verdict = "ok" if item else (item.problem or "differs")
-            rows.append((check.against, item.name, str(check.inputs), *figures, verdict))
+            rows.append((check.against, name, str(check.inputs), *figures, verdict))
     lines = table(rows, _CHECK_COLUMNS, "llrrrrrrrl").splitlines()
     if result.accuracy is not None:
         accuracy = result.accuracy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from edgekit.errors import InputError, NothingToCompareError
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.compare import OutputComparison, compare_outputs, failed_comparison
 from edgekit.runtime.datasets import Dataset
-from edgekit.runtime.kernel_library import KernelUse, kernel_uses
+from edgekit.runtime.kernel_library import KernelUse, NodeKernel, kernel_uses
 from edgekit.runtime.manifest import Manifest
 from edgekit.runtime.session import Array, Session, load
 from edgekit.runtime.tolerances import output_tolerance
+
+_MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Check:
 
     def __bool__(self) -> bool:
         return bool(self.outputs) and all(self.outputs)
+
+
+def shown_outputs(check: Check) -> list[tuple[str, OutputComparison]]:
+    """The outputs to show, with what to call them: all of a few; of many the first, those that fail, and the worst."""
+    if len(check.outputs) <= _MOST_SHOWN:
+        return [(item.name, item) for item in check.outputs]
+    first, *others = check.outputs
+    passed = [item for item in others if item]
+    shown = [(item.name, item) for item in (first, *(item for item in others if not item))]
+    if passed:
+        worst = max(passed, key=lambda item: item.rel_l2)
+        shown.append((f"{worst.name}, the worst of {len(passed)}", worst))
+    return shown
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,9 @@ def check_outputs(
             problem = f"the shapes are {_shapes_text(shapes)}, PyTorch gave {_shapes_text(wanted)}"
             failed[name] = failed_comparison(name, tolerance, problem)
     reference, actual = _join(expected), _join(got)
-    scores = frozenset(name for name, array in reference.items() if is_class_scores(array))
+    scores = frozenset(
+        name for name, array in reference.items() if is_class_scores(array) or is_token_scores(name, array)
+    )
     compared = compare_outputs(reference, actual, tolerance=tolerance, top1=scores)
     return Check(against, count, tuple(failed.get(item.name, item) for item in compared))
 
@@ -155,6 +172,11 @@ def check_outputs(
 def is_class_scores(array: Array) -> bool:
     """Whether an output looks like class scores: floats of shape [batch, classes] with more than one class."""
     return array.ndim == 2 and array.shape[-1] > 1 and np.issubdtype(array.dtype, np.floating)
+
+
+def is_token_scores(name: str, array: Array) -> bool:
+    """Whether an output holds a language model's scores of the next token, `[batch, 1, vocabulary]`."""
+    return name == "logits" and array.ndim == 3 and array.shape[1] == 1 and np.issubdtype(array.dtype, np.floating)
 
 
 def classify(
@@ -221,6 +243,7 @@ def verify(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     data: Dataset | None = None,
+    tolerance: float | None = None,
     backend: str | None = None,
     threads: int | None = None,
     kernels: str | os.PathLike[str] = "auto",
@@ -228,19 +251,42 @@ def verify(
     """Verify on a device without torch: the stored samples, and the accuracy where labelled data is given.
 
     Args:
+        tolerance: as for `tolerance_for`.
         backend, threads, kernels: as for `edgekit.load`.
     """
-    session = load(bundle, backend=backend, threads=threads, kernels=kernels)
-    accuracy = measure_accuracy(session, data) if data is not None else None
-    manifest = session.bundle.manifest
+    opened = Bundle.open(bundle)
+    if data is not None:
+        refuse_labels(opened)
+    accuracy = None
+    checks: list[Check] = []
+    nodes: list[NodeKernel] = []
+    for name, part in opened.parts().items():
+        session = load(part, backend=backend, threads=threads, kernels=kernels)
+        accuracy = measure_accuracy(session, data) if data is not None else None
+        checks.append(of_part(name, verify_samples(session, tolerance=tolerance)))
+        nodes += session.kernels
     return Verification(
-        session.bundle.name,
-        manifest.precision,
-        (verify_samples(session),),
+        opened.name,
+        opened.manifest.precision,
+        tuple(checks),
         accuracy=accuracy,
         not_checked=("live PyTorch: this is the torch-free runtime",),
-        kernels=kernel_uses(session.kernels),
+        kernels=kernel_uses(tuple(nodes)),
     )
+
+
+def of_part(name: str, check: Check) -> Check:
+    """The check of one of two graphs, which says of which; `name` is empty where there is one."""
+    return replace(check, against=f"{name}: {check.against}") if name else check
+
+
+def refuse_labels(bundle: Bundle) -> None:
+    """Raise `InputError` for a language model where labelled data was given."""
+    if bundle.manifest.generation is not None:
+        raise InputError(
+            f"{bundle.name} is a language model, for which labelled data says nothing; verify says without it how "
+            "often its next token is that of PyTorch (same top-1)"
+        )
 
 
 def finite(value: Any) -> Any:

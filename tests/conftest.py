@@ -25,7 +25,17 @@ from edgekit.kernels.build import sources_digest
 from edgekit.kernels.headers import find_headers
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples
 from edgekit.runtime.kernel_library import this_host
-from edgekit.runtime.manifest import CustomOp, DimRange, Manifest, ModelInfo, TensorSpec, WeightsInfo
+from edgekit.runtime.manifest import (
+    CustomOp,
+    DimRange,
+    Generation,
+    Graph,
+    Manifest,
+    ModelInfo,
+    TensorSpec,
+    TokenizerInfo,
+    WeightsInfo,
+)
 
 MakeBundle = Callable[..., Bundle]
 
@@ -170,6 +180,163 @@ def make_custom_bundle(tmp_path: Path) -> MakeBundle:
             return writer.finish(manifest, {})
 
     return make
+
+
+MakeLanguageModel = Callable[..., Bundle]
+
+
+@pytest.fixture
+def make_language_model(tmp_path: Path) -> MakeLanguageModel:
+    """Builds a language model of two layers that says plainly which token comes next.
+
+    Its next token is s mod 257, where s sums t (p + 1) + (layer + 1) t + (t + 1) over both layers and over all tokens t
+    at positions p that the attention mask shows. The first summand comes from the cached keys, the second from the
+    values, the third from the table of chunks by way of the cached chunk ids. A row without a token in a pass scores
+    NaN. So a cache, mask or position that is fed wrongly changes the text.
+
+    Args (by name): `tokenizer` the content of a tokenizer.json, `vocabulary` its size; the others as in `Generation`.
+    """
+
+    def make(
+        name: str = "toy",
+        *,
+        context: int = 64,
+        block_size: int = 4,
+        pass_tokens: int = 16,
+        vocabulary: int = 259,
+        eos: tuple[int, ...] = (),
+        add_bos: bool = False,
+        tokenizer: bytes | None = None,
+        rows: int = 8,
+        least_tokens: int = 1,
+    ) -> Bundle:
+        graphs = {"model": _toy_graph("tokens", vocabulary), "decode": _toy_graph(1, vocabulary)}
+        sizes = {"batch": DimRange(1, rows), "past": DimRange(0, context - 1), "total": DimRange(1, context)}
+        sizes["chunks"] = DimRange(0, context)
+        tensors = {}
+        for role, (model, inputs, outputs) in graphs.items():
+            onnx.checker.check_model(model)
+            tensors[role] = tuple(TensorSpec(*item) for item in inputs), tuple(TensorSpec(*item) for item in outputs)
+        with BundleWriter(tmp_path / f"{name}-onnx.edge") as writer:
+            for role, (model, _, _) in graphs.items():
+                writer.add(f"{role}.onnx", role).write_bytes(model.SerializeToString())
+            if tokenizer is not None:
+                writer.add("tokenizer.json", "tokenizer").write_bytes(tokenizer)
+            inputs, outputs = tensors["model"]
+            manifest = Manifest(
+                name=name,
+                model=ModelInfo("tests:toy", WeightsInfo("random", "0" * 64, seed=0), parameters=0),
+                target="onnx",
+                precision="fp32",
+                inputs=inputs,
+                outputs=outputs,
+                dims=sizes | {"tokens": DimRange(least_tokens, context)},
+                opsets={"": 20},
+                ir_version=10,
+                decode=Graph("decode.onnx", *tensors["decode"], dims=sizes),
+                generation=Generation(
+                    context=context,
+                    layers=2,
+                    block_size=block_size,
+                    pass_tokens=pass_tokens,
+                    tokenizer=TokenizerInfo(
+                        kind="bytes" if tokenizer is None else "huggingface",
+                        file=None if tokenizer is None else "tokenizer.json",
+                        vocab_size=vocabulary,
+                        bos=256,
+                        eos=eos,
+                        pad=258,
+                        add_bos=add_bos,
+                    ),
+                    attention={"kind": "dhsa", "chunks_per_block": block_size},
+                ),
+            )
+            return writer.finish(manifest, {})
+
+    return make
+
+
+_Tensors = list[tuple[str, str, tuple[str | int, ...]]]
+
+
+def _toy_graph(tokens: str | int, vocabulary: int) -> tuple[onnx.ModelProto, _Tensors, _Tensors]:
+    """One graph of `make_language_model`, its inputs and its outputs."""
+    nodes: list[onnx.NodeProto] = []
+    constants = {"zero": 0, "one": 1, "mod": 257, "axis1": [1], "axes": [1, 3], "end": [2**62]}
+
+    def add(op: str, inputs: str, output: str, **attributes: int) -> str:
+        nodes.append(helper.make_node(op, inputs.split(), [output], **attributes))
+        return output
+
+    add("Shape", "input_ids", "new", start=1)
+    add("Neg", "new", "back")
+    add("CumSum", "attention_mask one", "counts")
+    add("Slice", "counts back end axis1", "new_counts")
+    add("Slice", "attention_mask back end axis1", "new_mask")
+    add("ReduceMax", "new_mask axis1", "any", keepdims=1)
+    add("Cast", "input_ids", "t", to=TensorProto.FLOAT)
+    add("Cast", "new_counts", "p1", to=TensorProto.FLOAT)  # positions + 1
+    add("Cast", "attention_mask", "shown", to=TensorProto.FLOAT)
+    add("Unsqueeze", "t axes", "t4")
+    add("Unsqueeze", "p1 axes", "p4")
+    add("Concat", "t4 p4", "key", axis=3)
+    add("Shape", "past_chunks.0.key", "chunks", start=2, end=3)
+    add("Add", "t4 onef", "chunk")
+    nodes.append(helper.make_node("ConstantOfShape", ["new"], ["ones"], value=helper.make_tensor("v", 7, [1], [1])))
+    add("CumSum", "ones zero", "upto")
+    add("Sub", "upto ones", "range")
+    add("Add", "range chunks", "ids_row")
+    add("Shape", "input_ids", "ids_shape")
+    add("Expand", "ids_row ids_shape", "new_ids")
+    add("Concat", "past_chunk_ids new_ids", "present_chunk_ids", axis=1)
+    inputs: _Tensors = [("input_ids", "int64", ("batch", tokens)), ("attention_mask", "int64", ("batch", "total"))]
+    outputs: _Tensors = [("logits", "float32", ("batch", 1, vocabulary))]
+    for layer in range(2):
+        past = f"past_key_values.{layer}"
+        inputs += [(f"{past}.key", "float32", ("batch", 1, "past", 2))]
+        inputs += [(f"{past}.value", "float32", ("batch", 1, "past", 1))]
+        inputs += [(f"past_chunks.{layer}.key", "float32", ("batch", 1, "chunks", 1))]
+        outputs += [(f"present.{layer}.key", "float32", ("batch", 1, "total", 2))]
+        outputs += [(f"present.{layer}.value", "float32", ("batch", 1, "total", 1))]
+        outputs += [(f"present_chunks.{layer}.key", "float32", ("batch", 1, "all_chunks", 1))]
+        add("Concat", f"{past}.key key", f"present.{layer}.key", axis=2)
+        add("Mul", f"t4 layer{layer}", f"value{layer}")
+        add("Concat", f"{past}.value value{layer}", f"present.{layer}.value", axis=2)
+        add("Concat", f"past_chunks.{layer}.key chunk", f"present_chunks.{layer}.key", axis=2)
+        add("ReduceProd", f"present.{layer}.key axes", f"first{layer}", keepdims=0)
+        add("Squeeze", f"present.{layer}.value axes", f"second{layer}")
+        add("Squeeze", f"present_chunks.{layer}.key axes", f"table{layer}")
+        add("GatherElements", f"table{layer} present_chunk_ids", f"third{layer}", axis=1)
+        add("Add", f"first{layer} second{layer}", f"some{layer}")
+        add("Add", f"some{layer} third{layer}", f"all{layer}")
+    inputs += [("past_chunk_ids", "int64", ("batch", "past"))]
+    outputs += [("present_chunk_ids", "int64", ("batch", "total"))]
+    add("Add", "all0 all1", "all")
+    add("Mul", "all shown", "seen")
+    add("ReduceSum", "seen axis1", "sum", keepdims=1)
+    add("Cast", "sum", "whole", to=TensorProto.INT64)
+    add("Mod", "whole mod", "next")
+    add("Sub", "next numbers", "distance")
+    add("Abs", "distance", "far")
+    add("Neg", "far", "near")
+    add("Cast", "near", "scores", to=TensorProto.FLOAT)
+    add("Cast", "any", "has", to=TensorProto.BOOL)
+    add("Where", "has scores nan", "known")
+    add("Unsqueeze", "known axis1", "logits")
+    arrays = {key: np.asarray(value, np.int64) for key, value in constants.items()}
+    arrays |= {"numbers": np.arange(vocabulary)[None], "nan": np.float32(np.nan), "onef": np.float32(1)}
+    arrays |= {f"layer{layer}": np.float32(layer + 1) for layer in range(2)}
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        *(
+            [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(np.dtype(d)), s) for n, d, s in side]
+            for side in (inputs, outputs)
+        ),
+        [numpy_helper.from_array(np.asarray(array), key) for key, array in arrays.items() if key in used],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), inputs, outputs
 
 
 def _twice_function() -> onnx.FunctionProto:

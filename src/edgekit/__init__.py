@@ -4,6 +4,7 @@
     assert edgekit.verify(bundle)
     print(edgekit.profile(bundle).latency_ms.p50)
     edgekit.load(bundle).predict("photo.jpg")
+    edgekit.generate("dhsa_bytes-onnx.edge", "A list is").text
 
 Importing edgekit loads neither torch nor onnxruntime; each name below loads what it needs when it is first used.
 """
@@ -24,17 +25,23 @@ if TYPE_CHECKING:
     from edgekit.models import fuse as fuse
     from edgekit.models import list_models as list_models
     from edgekit.runtime.bundle import Bundle as Bundle
+    from edgekit.runtime.generation import Generator as Generator
+    from edgekit.runtime.generation import generate as generate
+    from edgekit.runtime.generation import load_generator as load_generator
     from edgekit.runtime.session import Session as Session
     from edgekit.runtime.session import load as load
 
 _HOMES = {
     "Bundle": "edgekit.runtime.bundle",
     "EdgekitError": "edgekit.errors",
+    "Generator": "edgekit.runtime.generation",
     "Session": "edgekit.runtime.session",
     "create_model": "edgekit.models",
     "fuse": "edgekit.models",
+    "generate": "edgekit.runtime.generation",
     "list_models": "edgekit.models",
     "load": "edgekit.runtime.session",
+    "load_generator": "edgekit.runtime.generation",
     "profile": "edgekit.devices",
     "verify": "edgekit.export.verification",
 }
@@ -42,13 +49,16 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "EdgekitError",
+    "Generator",
     "Session",
     "__version__",
     "create_model",
     "export",
     "fuse",
+    "generate",
     "list_models",
     "load",
+    "load_generator",
     "profile",
     "verify",
 ]

@@ -93,6 +93,17 @@ def test_list_shows_the_inputs_of_models_without_images(cli: Cli) -> None:
     assert "Vx1433, .." in lines["hgnn"]
 
 
+def test_list_shows_the_context_of_language_models(cli: Cli) -> None:
+    entry = next(entry for entry in cli.json("list") if entry["name"] == "dhsa_bytes")
+    assert entry["macs_per"] == "token"
+    ids = {"name": "input_ids", "shape": ["B", "N"], "dtype": "int64", "index_of": "259", "context": 8704}
+    assert entry["input"] == [ids]
+    assert cli("list") == 0
+    line = next(line for line in cli.out.splitlines() if line.startswith("dhsa_bytes"))
+    assert "k/token  8,704 tokens " in line
+    assert "MACs per token count the linear layers, not attention" in cli.out
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_list_keeps_names_whole_in_a_narrow_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr("edgekit.cli.console.PLAIN_WIDTH", width)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgekit.cli.app import run_command
-from edgekit.models import create_model, train_digits
+from edgekit.models import create_model, train_dhsa, train_digits
 
 
 @pytest.fixture
@@ -133,7 +133,41 @@ def test_digits_mistakes(cli, options, message, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_dhsa_bytes(cli, tmp_path, monkeypatch):
+    """As for the digits: the hour of training is not spent here."""
+
+    def train(recipe, log):
+        log(f"seed {recipe.seed}, {recipe.threads} threads")
+        dense = {"needles": {"512": {"tasks": 4, "found": 0.75}}, "bits_per_byte": {"1024": 2.125}}
+        return train_dhsa.Training(create_model("dhsa_bytes"), {"model": "dhsa_bytes", "dense": dense})
+
+    monkeypatch.setattr(train_dhsa, "train", train)
+    code, out, err = cli("train", "dhsa_bytes", "--seed", 3, "--threads", 2, "--out", tmp_path)
+    assert code == 0, err
+    assert "seed 3, 2 threads" in err
+    assert "75%" in out
+    assert "2.125" in out
+    path = tmp_path / "dhsa_bytes.safetensors"
+    assert create_model("dhsa_bytes", weights=path)
+    assert json.loads(path.with_suffix(".json").read_text())["model"] == "dhsa_bytes"
+    assert f"next: edgekit export dhsa_bytes --target onnx --weights {path}" in out
+    code, out, _ = cli("train", "dhsa_bytes", "--out", tmp_path, "--json")
+    assert json.loads(out) == {
+        "model": "dhsa_bytes",
+        "dense": {"needles": {"512": {"tasks": 4, "found": 0.75}}, "bits_per_byte": {"1024": 2.125}},
+        "weights": str(path),
+    }
+
+
+def test_dhsa_bytes_without_threads(cli, tmp_path):
+    code, _, err = cli("train", "dhsa_bytes", "--threads", 0, "--out", tmp_path / "none")
+    assert code == 2
+    assert "threads must be at least 1; got 0" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_without_a_command(cli):
     _, out, err = cli("train", "--help")
     assert "lighthgnn" in out + err
     assert "digits" in out + err
+    assert "dhsa_bytes" in out + err

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import edgekit
+from edgekit.export.language_graphs import LanguageGraph
+from edgekit.models import state_dict_sha256
 from edgekit.runtime.profiler import ProfileComparison, profile_pair
 
 if TYPE_CHECKING:
@@ -90,3 +92,23 @@ def export(tmp_path: Path) -> Callable[..., Bundle]:
         return edgekit.export(model, "onnx", tmp_path / "out", shapes=shapes, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def converted_once() -> Iterator[None]:
+    """Tracing a decoder takes longer than all that is tested of it: the same one is converted once."""
+    convert = LanguageGraph.convert
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def converted(graph: LanguageGraph, opset: int) -> Any:
+        key = (graph.part, opset, state_dict_sha256(graph.module.decoder), str(graph.module.decoder.config))
+        if key not in made:
+            made[key] = convert(graph, opset)
+        model, weights, program = made[key]
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy, dict(weights), program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageGraph, "convert", converted)
+        yield

@@ -124,7 +124,7 @@ class TestOptions:
             ({"name": "../up"}, InputError, r"the name '\.\./up' must|name .*'\.\./up'"),
             ({"name": ""}, InputError, "name"),
             ({"name": "my model"}, InputError, "name"),
-            ({"precision": "int4"}, UnknownNameError, "unknown precision 'int4'"),
+            ({"precision": "int3"}, UnknownNameError, "unknown precision 'int3'"),
             ({"opset": 3}, InputError, "opset 3 is not supported"),
             ({"weights": "w.pth"}, edgekit.EdgekitError, "brings its own weights"),
         ],

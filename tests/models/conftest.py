@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgekit.models import create_model, model_entry, seed_weights
-from edgekit.models.registry import TensorInputs
+from edgekit.models.registry import TensorInputs, TokenInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,11 +67,13 @@ def active_model(name: str, **overrides: object) -> tuple[nn.Module, dict[str, t
     """A zoo model with every branch counting, and inputs for it by the names of its `forward`.
 
     Images are small where the model takes any size: every layer still sees several positions. A model of a fixed size
-    is built for small ones.
+    is built for small ones. A text is longer than what sparse attention reads of it.
     """
     entry = model_entry(name)
     if isinstance(entry.input, TensorInputs):
         inputs = {key: torch.from_numpy(array) for key, array in entry.input.examples(1, **overrides).items()}
+    elif isinstance(entry.input, TokenInput):
+        inputs = {"": torch.randint(0, entry.input.vocab_size, (2, 700), generator=torch.Generator().manual_seed(1))}
     else:
         size = min(entry.input.size, 96)
         if "img_size" in entry.arguments():

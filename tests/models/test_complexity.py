@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from edgekit.models import count_macs, count_parameters, create_model, fuse, list_models, model_entry
-from edgekit.models.registry import ImageInput
+from edgekit.models import (
+    count_macs,
+    count_macs_per_token,
+    count_parameters,
+    create_model,
+    fuse,
+    list_models,
+    model_entry,
+)
+from edgekit.models.registry import ImageInput, TokenInput
 
 # name: parameters, parameters after fuse, millions of multiply-accumulates; measured on the authors' code
 TABLE = {
@@ -51,6 +59,8 @@ def test_declared_figures_are_the_computed_ones(name):
     assert entry.parameters == count_parameters(model)
     if isinstance(entry.input, ImageInput):
         assert entry.macs == count_macs(model, input_shape(name))
+    elif isinstance(entry.input, TokenInput):
+        assert entry.macs == count_macs_per_token(model)
     else:
         inputs = entry.input.examples(1)
         assert entry.macs * len(inputs[entry.input.tensors[0].name]) == count_macs(entry.factory(), inputs)

@@ -15,7 +15,7 @@ import torch
 import edgekit.models
 from edgekit.errors import EdgekitError, InputError, ShapeError, UnknownNameError, WeightsError
 from edgekit.models import create_model, list_models, model_entry, state_dict_sha256
-from edgekit.models.registry import FAMILIES, ImageInput, register_model
+from edgekit.models.registry import FAMILIES, ImageInput, TensorInputs, TokenInput, register_model
 
 DIGITS = ["care_digits", "dynamicvis_digits", "hgnn_digits", "lighthgnn_digits", "shvit_digits"]
 SIZES = {"shvit_s4": 256, "dynamicvis_base": 512, "dynamicvis_large": 512} | dict.fromkeys(DIGITS, 32)
@@ -28,7 +28,7 @@ def test_names():
     assert names == sorted(names)
     assert set(names) == {
         *("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", "care_s0", "care_s1", "care_s2"),
-        *("dynamicvis_base", "dynamicvis_large", "hgnn", "hgnnp", "lighthgnn"),
+        *("dynamicvis_base", "dynamicvis_large", "hgnn", "hgnnp", "lighthgnn", "dhsa_bytes"),
         *DIGITS,
     }
 
@@ -43,9 +43,13 @@ def test_entries(name):
         assert entry.input.size == SIZES.get(name, 224)
         assert len(entry.input.mean) == len(entry.input.std) == entry.input.channels
         assert entry.arguments().get("img_size", entry.input.size) == entry.input.size
+    if isinstance(entry.input, TokenInput):
+        assert entry.num_classes == entry.input.vocab_size
+        assert entry.arguments()["context"] == entry.input.context
     if entry.labels:
         assert len(entry.labels) == entry.num_classes
-    assert bool(entry.weights) == (name in DIGITS) == bool(entry.dataset)
+    assert bool(entry.weights) == bool(entry.dataset)
+    assert isinstance(entry.input, TokenInput) or bool(entry.weights) == (name in DIGITS)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -53,9 +57,7 @@ def test_models_come_ready_to_run(name):
     assert not create_model(name).training
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in list_models() if not isinstance(model_entry(name).input, ImageInput)]
-)
+@pytest.mark.parametrize("name", [name for name in list_models() if isinstance(model_entry(name).input, TensorInputs)])
 def test_examples_and_labels_of_models_without_images(name):
     """Inputs that the model runs on, with the names and dtypes that the entry says, and one answer per row."""
     entry = model_entry(name)

@@ -745,3 +745,81 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     process = start_python(code, *arguments)
     stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+# Bundles of two graphs
+
+
+def test_a_part_is_a_bundle_of_its_own(make_language_model: Callable[..., Bundle]) -> None:
+    whole = make_language_model()
+    part = whole.part("decode")
+    assert (part.name, part.path) == ("toy-decode-onnx", whole.path)
+    assert part.manifest.model_file == "decode.onnx"
+    assert part.read("decode.onnx") == whole.read("decode.onnx")
+    assert part.manifest.inputs == whole.manifest.decode.inputs  # type: ignore[union-attr]
+    assert part.manifest.decode is None
+    assert list(whole.parts()) == ["prefill", "decode"]
+    part.check()
+    with pytest.raises(BundleError, match=r"lists no file 'model\.onnx'"):
+        part.read("model.onnx")
+    with pytest.raises(BundleError, match="has no part 'encode'"):
+        whole.part("encode")
+    with pytest.raises(BundleError, match="pack the whole bundle"):
+        part.pack()
+    assert Manifest.from_json(part.manifest.to_json()) == part.manifest
+
+
+def test_a_bundle_of_one_graph_has_no_parts(bundle: Bundle) -> None:
+    assert bundle.parts() == {"": bundle}
+    with pytest.raises(BundleError, match="has no part 'decode'; it holds one graph"):
+        bundle.part("decode")
+
+
+def test_a_part_writes_into_the_report_of_the_whole(make_language_model: Callable[..., Bundle]) -> None:
+    whole = make_language_model()
+    part = whole.part("decode")
+    assert part.report() == {}
+    assert whole.add_to_report("profile", {"p50": 1})
+    assert part.add_to_report("profile", {"p50": 2})
+    assert part.add_to_report("other", 3)
+    assert part.report() == {"profile": {"p50": 2}, "other": 3}
+    assert whole.report() == {"profile": {"p50": 1}, "decode": {"profile": {"p50": 2}, "other": 3}}
+    assert not whole.pack().part("decode").add_to_report("profile", {})
+
+
+def test_samples_of_different_sizes(tmp_path: Path) -> None:
+    pairs = [({"x": np.full((n, 4), n, np.float32)}, {"y": np.float32(n)}) for n in (1, 3)]
+    samples = Samples.of(pairs)
+    samples.save(tmp_path / "s.npz")
+    manifest = replace(
+        write(tmp_path / "t.edge").manifest,
+        inputs=(TensorSpec("x", "float32", ("N", 4)),),
+        dims={"N": DimRange(1, 3)},
+    )
+    content = (tmp_path / "s.npz").read_bytes()
+    found = Samples.load(content, manifest, where="s.npz")
+    assert len(found) == 2
+    for (inputs, outputs), (wanted, answers) in zip(found, pairs, strict=True):
+        np.testing.assert_array_equal(inputs["x"], wanted["x"])
+        assert outputs["y"] == answers["y"]
+    narrow = replace(manifest, dims={"N": DimRange(1, 2)})
+    with pytest.raises(BundleError, match=r"expected samples of x: float32\[N, 4\], got float32 \[3, 4\]"):
+        Samples.load(content, narrow, where="s.npz")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["inputs.0/x", "inputs.2/x"], "lacks a sample"),
+        (["inputs.1/x"], "lacks a sample"),
+        (["inputs.0/x", "inputs/x"], "lacks a sample"),
+        (["inputs.00/x"], "unexpected array"),
+        (["inputs./x"], "unexpected array"),
+        (["inputs.0/x", "inputs.1/x", "outputs.0/y"], r"different numbers of samples: \[1, 2\]"),
+    ],
+)
+def test_lists_of_samples_that_are_not_whole(tmp_path: Path, names: list[str], words: str) -> None:
+    manifest = write(tmp_path / "t.edge").manifest
+    content = samples_file(**{name: np.ones((1, 4), np.float32) for name in names})
+    with pytest.raises(BundleError, match=words):
+        Samples.load(content, manifest, where="s.npz")

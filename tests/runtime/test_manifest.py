@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from edgekit.runtime.manifest import (
     CustomOp,
     DimRange,
     FileEntry,
+    Generation,
+    Graph,
     Manifest,
     ModelInfo,
     TensorSpec,
+    TokenizerInfo,
     WeightsInfo,
     safe_name,
 )
@@ -57,6 +61,56 @@ FULL = Manifest(
 )
 
 
+def language_model() -> Manifest:
+    """A language model of one layer: two graphs, weights in a file of their own, and how text is generated."""
+    cache = ("N", 1, "P", 2)
+
+    def graph(tokens: int | str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        inputs = (
+            TensorSpec("input_ids", "int64", ("N", tokens), index_of="9"),
+            TensorSpec("attention_mask", "int64", ("N", "T"), index_of="2"),
+            *(TensorSpec(f"past_key_values.0.{kind}", "float32", cache) for kind in ("key", "value")),
+        )
+        outputs = (
+            TensorSpec("logits", "float32", ("N", 1, 9)),
+            *(TensorSpec(f"present.0.{kind}", "float32", ("N", 1, "T", 2)) for kind in ("key", "value")),
+        )
+        return inputs, outputs
+
+    dims = {"N": DimRange(), "P": DimRange(0, 64), "T": DimRange(1, 64)}
+    (inputs, outputs), (inputs2, outputs2) = graph("S"), graph(1)
+    files = ("decode.onnx", "decode"), ("weights.bin", "weights"), ("t.json", "tokenizer"), ("s2.npz", "samples")
+    return dataclasses.replace(
+        FULL,
+        precision="int4",
+        inputs=inputs,
+        outputs=outputs,
+        dims=dims | {"S": DimRange(1, 64)},
+        files=FULL.files | {name: FileEntry(role, 7, "d" * 64) for name, role in files},
+        decode=Graph(
+            "decode.onnx",
+            inputs2,
+            outputs2,
+            dims,
+            {"MatMulNBits": 3},
+            (CustomOp("edgekit", "BlockSparseAttention", 1, 1),),
+            "s2.npz",
+            {"checked": False},
+        ),
+        generation=Generation(
+            context=64,
+            layers=1,
+            block_size=8,
+            pass_tokens=32,
+            tokenizer=TokenizerInfo("huggingface", "t.json", 9, bos=1, eos=(2, 8), pad=0, add_bos=True),
+            attention={"kind": "dhsa", "budget": 16, "share": True, "threshold": 1.1},
+        ),
+    )
+
+
+LANGUAGE = language_model()
+
+
 def data_of(manifest: Manifest = FULL) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(manifest.to_json())
     return data
@@ -84,8 +138,9 @@ ALL_PATHS = paths(data_of())
 STRANGE: list[Any] = [None, True, -1, 0, 2**70, 1.5, "", "x", "../x", "N", [], [[]], [None], {}, {"x": 1}, {"": None}]
 
 
-def test_full_manifest_reads_back() -> None:
-    assert Manifest.from_json(FULL.to_json()) == FULL
+@pytest.mark.parametrize("manifest", [FULL, LANGUAGE], ids=["full", "language model"])
+def test_full_manifest_reads_back(manifest: Manifest) -> None:
+    assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_equal_manifests_give_equal_text() -> None:
@@ -105,6 +160,89 @@ def test_the_schema_is_the_lowest_that_has_all_fields() -> None:
     }  # fmt: skip
     assert Manifest.from_json(json.dumps(old)) == without_indices()
     assert data_of()["schema"] == 2
+    assert {"decode", "generation"}.isdisjoint(data_of())
+
+
+def test_a_language_model_has_schema_3() -> None:
+    data = data_of(LANGUAGE)
+    assert data["schema"] == 3
+    assert (data["decode"]["file"], data["generation"]["tokenizer"]["eos"]) == ("decode.onnx", [2, 8])
+
+
+def test_weights_in_a_file_of_their_own_need_schema_3() -> None:
+    """An older reader would say that the bundle was edited, rather than that it is too new."""
+    files = FULL.files | {"weights.bin": FileEntry("weights", 1, "d" * 64)}
+    assert data_of(dataclasses.replace(FULL, files=files))["schema"] == 3
+
+
+@pytest.mark.parametrize("path", paths(data_of(LANGUAGE))[1:], ids=lambda path: ".".join(map(str, path)))
+def test_any_field_of_a_language_model(path: tuple[Any, ...]) -> None:
+    data = data_of(LANGUAGE)
+    for value in STRANGE:
+        try_to_read(json.dumps(put(data, path, value)))
+    without = copy.deepcopy(data)
+    place = without
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    try_to_read(json.dumps(without))
+
+
+GENERATION = ("generation",)
+TOKENIZER = ("generation", "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("decode",), None, "'decode' must be given where"),
+        (("generation",), None, "'generation' must be given where"),
+        (("decode", "file"), "model.onnx", "'decode.file' must be a listed file with the role 'decode'"),
+        (("decode", "file"), "gone.onnx", "'decode.file'"),
+        (("decode", "samples"), "weights.bin", "'decode.samples' must be a listed file with the role 'samples'"),
+        (("decode", "dims", "P", "max"), -1, "decode.dims.P.max"),
+        (
+            ("decode", "inputs", 2, "name"),
+            "k",
+            "'decode.inputs' must be a list with the tensor 'past_key_values.0.key'",
+        ),
+        (("outputs", 0, "name"), "scores", "'outputs' must be a list with the tensor 'logits'"),
+        (("outputs", 0, "shape"), ["N", 1, 8], "vocab_size' must be the last size of logits"),
+        (("decode", "outputs", 0, "shape"), ["N", 1, "V"], "vocab_size' must be the last size of decode.logits"),
+        (("decode", "ops", "MatMulNBits"), -1, "decode.ops.MatMulNBits"),
+        (("decode", "custom_ops", 0, "nodes"), None, "decode.custom_ops[0].nodes"),
+        (("decode", "verification"), [], "decode.verification"),
+        ((*GENERATION, "context"), 0, "'generation.context' must be at least 1"),
+        ((*GENERATION, "layers"), 2, "past_key_values.1.key"),
+        ((*GENERATION, "layers"), 2**62, "past_key_values.1.key"),
+        ((*GENERATION, "block_size"), 0, "generation.block_size"),
+        ((*GENERATION, "pass_tokens"), 33, "'generation.pass_tokens' must be a multiple of the block size, 8"),
+        ((*GENERATION, "attention", "budget"), [1], "generation.attention.budget"),
+        ((*GENERATION, "attention"), {str(i): i for i in range(65)}, "at most 64 options"),
+        ((*TOKENIZER, "kind"), "words", "must be one of bytes, huggingface"),
+        ((*TOKENIZER, "kind"), "bytes", "'generation.tokenizer.file' must be null for bytes"),
+        ((*TOKENIZER, "file"), None, "a file with the role 'tokenizer'"),
+        ((*TOKENIZER, "file"), "weights.bin", "a file with the role 'tokenizer'"),
+        ((*TOKENIZER, "vocab_size"), 8, "generation.tokenizer.eos"),
+        ((*TOKENIZER, "vocab_size"), 10, "vocab_size' must be the last size of logits"),
+        ((*TOKENIZER, "bos"), 9, "'generation.tokenizer.bos' must be a token id below"),
+        ((*TOKENIZER, "bos"), None, "'generation.tokenizer.add_bos' must be false"),
+        ((*TOKENIZER, "eos"), 2, "generation.tokenizer.eos"),
+        ((*TOKENIZER, "eos"), [2, -1], "generation.tokenizer.eos"),
+        ((*TOKENIZER, "pad"), True, "generation.tokenizer.pad"),
+        ((*TOKENIZER, "add_bos"), 1, "'generation.tokenizer.add_bos' must be true or false"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_what_a_language_model_must_say(path: tuple[Any, ...], value: Any, words: str) -> None:
+    with pytest.raises(BundleError, match=re.escape(words)):
+        Manifest.from_json(json.dumps(put(data_of(LANGUAGE), path, value)))
+
+
+def test_bytes_need_256_tokens() -> None:
+    data = put(data_of(LANGUAGE), TOKENIZER, {**data_of(LANGUAGE)["generation"]["tokenizer"], "kind": "bytes"})
+    with pytest.raises(BundleError, match=r"vocab_size' must be at least 256"):
+        Manifest.from_json(json.dumps(put(data, (*TOKENIZER, "file"), None)))
 
 
 def test_text_of_a_spec() -> None:

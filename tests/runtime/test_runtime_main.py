@@ -196,7 +196,7 @@ def test_run_on_arrays(tiny_bundle: Bundle, tmp_path: Path) -> None:
         (["profile", "B", "--size", "M=4"], "unknown dimension 'M'"),
         (["profile", "B", "--runs", "0"], "runs"),
         (["profile", "B", "--vs", "missing.edge"], "no bundle at missing.edge"),
-        (["run", "B"], "the following arguments are required: INPUT"),
+        (["run", "B"], "nothing to run on: give INPUT files"),
         (["run", "B", "missing.npy"], "no such data set: missing.npy"),
         (["run", "B", "photo.png"], "has no image preprocessing"),
         (["run", "B", "x.npy", "--save", "missing/out.npz"], "cannot write missing/out.npz: No such file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.errors import BundleError, InputError, UnknownNameError
 from edgekit.runtime.bundle import MANIFEST, Bundle, BundleWriter
 from edgekit.runtime.manifest import DimRange, Manifest, ModelInfo, TensorSpec, WeightsInfo
-from edgekit.runtime.onnx_files import external_data
+from edgekit.runtime.onnx_files import ExternalTensor, external_data
+from edgekit.runtime.onnxruntime_backend import OnnxRuntimeSession
 from edgekit.runtime.profiler import profile
 from edgekit.runtime.session import Session, check_inputs, load, random_inputs
 
@@ -397,6 +399,7 @@ def outside(location: str) -> onnx.TensorProto:
     return tensor
 
 
+PADDED = b"\0" * 64 + NUMBERS.tobytes()  # 112 bytes
 X, Y = value_info("x", TensorProto.FLOAT, ["N", 4]), value_info("y", TensorProto.FLOAT, ["N", 3])
 MATMUL = helper.make_node("MatMul", ["x", "w"], ["y"])
 
@@ -449,6 +452,111 @@ def test_a_model_that_reads_other_files(
         load(bundle.pack() if packed else bundle)
 
 
+def weights_bundle(
+    folder: Path, model: onnx.ModelProto, *, content: bytes = PADDED, role: str = "weights", name: str = "weights.bin"
+) -> Bundle:
+    """A bundle with a model and a second file."""
+    with BundleWriter(folder) as writer:
+        writer.add("model.onnx", "model").write_bytes(model.SerializeToString())
+        writer.add(name, role).write_bytes(content)
+        manifest = Manifest(
+            name="t",
+            model=ModelInfo("test", WeightsInfo("random", "0" * 64), parameters=12),
+            target="onnx",
+            precision="fp32",
+            inputs=(TensorSpec("x", "float32", ("N", 4)),),
+            outputs=(TensorSpec("y", "float32", ("N", 3)),),
+            dims={"N": DimRange()},
+        )
+        return writer.finish(manifest, {})
+
+
+def placed(**entries: str) -> onnx.TensorProto:
+    """A tensor of NUMBERS that lies in `PADDED`, or says that it does."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 3], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "weights.bin", "offset": "64", "length": "48", **entries}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_in_a_listed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, mapped: bool) -> None:
+    """`mapped`: as large weights are, which stay in their file."""
+    monkeypatch.setattr("edgekit.runtime.onnxruntime_backend.MAPPED_FROM", 0 if mapped else 2**62)
+    bundle = weights_bundle(tmp_path / "t.edge", in_initializer(placed()))
+    assert json.loads((bundle.path / "manifest.json").read_text())["schema"] == 3
+    session = load(bundle.pack() if packed else bundle.path)
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_allclose(session.run({"x": x})["y"], x @ NUMBERS)
+    assert isinstance(session, OnnxRuntimeSession)
+    assert session.op_times({"x": x}, runs=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"location": "other.bin"}, "no file 'other.bin'"),
+        ({"location": "./weights.bin"}, "no file './weights.bin'"),
+        ({"location": "../t.edge/weights.bin"}, "no file"),
+        ({"location": "model.onnx"}, "no file 'model.onnx' with the role 'weights'"),
+        ({"location": "manifest.json"}, "no file"),
+        ({"location": ""}, "no file ''"),
+        ({"offset": "65"}, "behind the 112 bytes"),
+        ({"offset": "112", "length": "1"}, "behind the 112 bytes"),
+        ({"length": "49"}, "behind the 112 bytes"),
+        ({"offset": "-64"}, "must be numbers"),
+        ({"offset": "064"}, "must be numbers"),
+        ({"offset": "1e1"}, "must be numbers"),
+        ({"length": "9" * 30}, "must be numbers"),
+        ({"checksum": "0"}, "location, offset and length"),
+    ],
+)
+def test_weights_elsewhere(tmp_path: Path, entries: dict[str, str], words: str, packed: bool) -> None:
+    bundle = weights_bundle(tmp_path / "t.edge", in_initializer(placed(**entries)))
+    (tmp_path / "other.bin").write_bytes(PADDED)
+    (bundle.path / "other.bin").write_bytes(PADDED)
+    with pytest.raises(BundleError, match=re.escape(words)) as caught:
+        load(bundle.pack() if packed else bundle.path)
+    assert "model.onnx keeps tensors in other files" in str(caught.value)
+
+
+def test_a_location_given_twice(tmp_path: Path) -> None:
+    tensor = placed()
+    tensor.external_data.add(key="location", value="weights.bin")
+    with pytest.raises(BundleError, match="each once"):
+        load(weights_bundle(tmp_path / "t.edge", in_initializer(tensor)))
+
+
+@pytest.mark.parametrize("role", ["other", "samples", "tokenizer"])
+def test_weights_in_a_file_of_another_role(tmp_path: Path, role: str) -> None:
+    with pytest.raises(BundleError, match="with the role 'weights'"):
+        load(weights_bundle(tmp_path / "t.edge", in_initializer(placed()), role=role))
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_only_weights_of_the_main_graph_lie_outside(tmp_path: Path, place: Place) -> None:
+    with pytest.raises(BundleError, match="only weights of the main graph"):
+        load(weights_bundle(tmp_path / "t.edge", place(placed())))
+
+
+def test_edited_truncated_or_linked_weights(tmp_path: Path) -> None:
+    bundle = weights_bundle(tmp_path / "t.edge", in_initializer(placed()))
+    file = bundle.path / "weights.bin"
+    file.write_bytes(PADDED[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"weights\.bin was changed"):
+        load(bundle.path)
+    file.write_bytes(PADDED[:-1])
+    with pytest.raises(BundleError, match=r"weights\.bin is truncated"):
+        load(bundle.path)
+    (tmp_path / "secret.bin").write_bytes(PADDED)
+    file.unlink()
+    file.symlink_to("../secret.bin")
+    with pytest.raises(BundleError, match="leaves the bundle's folder"):
+        load(bundle.path)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_the_same_models_with_the_data_inside_run(tmp_path: Path, place: Place) -> None:
     model = place(numpy_helper.from_array(NUMBERS, "w"))
@@ -480,13 +588,16 @@ def test_external_data_in_every_corner() -> None:
     model.training_info.add().algorithm.initializer.append(tensor)
     model.functions.add().attribute_proto.add().t.CopyFrom(tensor)
     found = external_data(memoryview(model.SerializeToString()))
-    assert sum("location=a" in item for item in found) == 6
-    assert sum("location=b" in item for item in found) == 3
+    assert sum("location=a" in str(item) for item in found) == 6
+    assert sum("location=b" in str(item) for item in found) == 3
+    assert not any(item.initializer for item in found)
 
 
 def test_a_location_without_entries_counts() -> None:
     tensor = TensorProto(name="w", data_location=TensorProto.EXTERNAL)
-    assert external_data(memoryview(in_initializer(tensor).SerializeToString())) == ["data_location"]
+    found = external_data(memoryview(in_initializer(tensor).SerializeToString()))
+    assert found == [ExternalTensor((), initializer=True)]
+    assert str(found[0]) == "data_location"
 
 
 def test_a_graph_in_two_parts_is_found() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,63 @@ def test_windows_tells_little_but_does_not_fail(monkeypatch: pytest.MonkeyPatch)
     assert machine.cores_usable == os.cpu_count()
     assert machine.memory_bytes is None
     assert system.load_average() is None
+
+
+MEMINFO = "MemTotal: 8000000 kB\nMemFree: 1000 kB\nMemAvailable: 4000000 kB\n"
+AVAILABLE = 4_000_000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        ({"proc/meminfo": MEMINFO}, AVAILABLE),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/box/app\n",
+                "sys/fs/cgroup/box/app/memory.max": "max\n",
+                "sys/fs/cgroup/box/app/memory.current": "700000\n",
+                "sys/fs/cgroup/box/memory.max": "1000000\n",
+                "sys/fs/cgroup/box/memory.current": "900000\n",
+                "sys/fs/cgroup/box/memory.stat": "active_file 5\ninactive_file 50000\n",
+            },
+            150_000,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "4:memory:/app\n",
+                "sys/fs/cgroup/memory/app/memory.limit_in_bytes": "1000000\n",
+                "sys/fs/cgroup/memory/app/memory.usage_in_bytes": "1100000\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "4:memory:/app\n",
+                "sys/fs/cgroup/memory/app/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/app/memory.usage_in_bytes": "1100000\n",
+            },
+            AVAILABLE,
+        ),
+    ],
+    ids=["nothing told", "no limit", "a parent's limit, version 2", "used up, version 1", "no limit, version 1"],
+)
+def test_free_memory(tmp_path: Path, files: dict[str, str], free: int | None) -> None:
+    assert system.free_memory_bytes(write(tmp_path, files)) == free
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the size of the address space")
+def test_the_limit_of_the_address_space_counts() -> None:
+    code = (
+        "import resource; from edgekit.runtime.system import _status, free_memory_bytes;"
+        "size = int(_status()['VmSize'].split()[0]) * 1024;"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, size + 2**28)); print(free_memory_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**27 < int(done.stdout) <= 2**28
 
 
 def test_this_machine_is_described() -> None:

@@ -13,16 +13,18 @@ from typing import Annotated
 import typer
 
 import edgekit
-from edgekit.cli import render
+from edgekit.cli import generate, render
 from edgekit.cli.arguments import parse_options, parse_sizes, read_json, read_lines
 from edgekit.cli.console import Output
 from edgekit.cli.train import train_app
 from edgekit.errors import EdgekitError, InputError, UnknownNameError
 from edgekit.export import TARGETS
+from edgekit.runtime.generation_output import PromptOptions
 from edgekit.runtime.kernel_library import KERNELS_HELP
 
 # typer brings its own copy of click in some versions and depends on it in others; this is its base error in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="edgekit",
@@ -85,7 +87,7 @@ def export(
     ],
     target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx, tvm.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; of a language model fp32 or int4.")] = "fp32",
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,7 +219,10 @@ def profile(
     vs_kernels: Annotated[
         str | None, typer.Option(metavar="auto|portable|PATH", help="Kernels of that bundle, or of the same one again.")
     ] = None,
-    size: Annotated[list[str] | None, typer.Option(help="A dynamic dimension's size, such as N=4.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="A dynamic dimension's size, such as N=4; of a language model tokens, past and batch."),
+    ] = None,
     runs: Annotated[int | None, typer.Option(help="Timed runs. Default: until the median is precise.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Untimed runs first. Default: until the latency settles.")] = None,
     max_seconds: Annotated[float, typer.Option(help="At most so long for the timed runs.")] = 5.0,
@@ -250,18 +255,37 @@ def profile(
 @app.command()
 def run(
     bundle: BundlePath,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, or .npy/.npz arrays.")],
-    top: Annotated[int, typer.Option("--top", "-k", help="How many classes to show.")] = 5,
+    inputs: Annotated[list[Path] | None, typer.Argument(metavar="[INPUT]...", help="Images, or .npy/.npz.")] = None,
+    prompt: generate.Prompt = None,
+    prompt_file: generate.PromptFile = None,
+    max_new_tokens: generate.MaxNewTokens = None,
+    temperature: generate.Temperature = None,
+    top_p: generate.TopP = None,
+    seed: generate.Seed = None,
+    stop: generate.Stop = None,
+    stats: generate.Stats = False,
+    top: Annotated[
+        int | None, typer.Option("--top", "-k", help=f"How many classes to show. Default: {generate.TOP}.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the raw outputs to this .npz.")] = None,
     backend: Backend = None,
     threads: Threads = None,
     kernels: Kernels = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run BUNDLE on images, as an app would, or on arrays."""
-    output = Output(as_json=as_json)
-    session = edgekit.load(bundle, backend=backend, threads=threads, kernels=kernels)
-    render.run(output, session, inputs, top=top, save=save)
+    """Run BUNDLE on images, on arrays, or on a prompt, as an app would."""
+    text = PromptOptions(prompt, prompt_file, max_new_tokens, temperature, top_p, seed, tuple(stop or ()), stats)
+    generate.run(
+        Output(as_json=as_json),
+        bundle,
+        inputs or (),
+        text,
+        top=top,
+        save=save,
+        backend=backend,
+        threads=threads,
+        kernels=kernels,
+    )
 
 
 @app.command()
@@ -344,10 +368,11 @@ def run_command(arguments: list[str] | None = None) -> int:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(words, message, 2, hint="edgekit --help")
     except (typer.Abort, KeyboardInterrupt):
-        print("edgekit: interrupted; nothing half-written was left behind", file=sys.stderr)
-        return 130
+        code = _INTERRUPTED
     except BrokenPipeError:
         return 0
+    if code == _INTERRUPTED:  # some versions of typer return it, others raise
+        print("edgekit: interrupted; nothing half-written was left behind", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit.cli.console import Output
+from edgekit.cli.inspection import generation_lines, tensor_lines
 from edgekit.errors import InputError
-from edgekit.models.registry import ImageInput, ModelEntry
+from edgekit.models.registry import ImageInput, ModelEntry, TokenInput
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.datasets import load_dataset
 from edgekit.runtime.images import is_image
@@ -22,7 +23,7 @@ from edgekit.runtime.report import bytes_, comparison_lines, percent, profile_li
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import not_finite_rows
 from edgekit.runtime.tvm_backend import read_build
-from edgekit.runtime.verification import Check, LayerReport, Verification, finite
+from edgekit.runtime.verification import Check, LayerReport, Verification, finite, shown_outputs
 
 if TYPE_CHECKING:
     from edgekit.devices import Diagnosis
@@ -41,7 +42,10 @@ def models(output: Output) -> None:
     for name in list_models():
         entry = model_entry(name)
         accuracy = shipped_accuracy(name) if entry.weights else None
-        weights = f"shipped, {100 * accuracy:.1f} % on {entry.dataset}" if accuracy is not None else "bring your own"
+        if accuracy is not None:
+            weights = f"shipped, {100 * accuracy:.1f} % on {entry.dataset}"
+        else:
+            weights = f"shipped, trained on {entry.dataset}" if entry.weights else "bring your own"
         shown, described, unit = _input_of(entry)
         macs = f"{entry.macs / 1e6:,.1f} M" if unit == "image" else f"{entry.macs / 1e3:,.1f} k/{unit}"
         rows.append((name, f"{entry.parameters:,}", macs, shown, weights, entry.summary))
@@ -65,18 +69,22 @@ def models(output: Output) -> None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     output.table(columns, rows, right=columns[1:3], whole=columns[:1])
     output.line()
+    output.line("MACs per token count the linear layers, not attention")
     output.line("next: edgekit export shvit_digits --target onnx -o out")
     output.json(data)
 
 
 def _input_of(entry: ModelEntry) -> tuple[str, list[int] | list[dict[str, Any]], str]:
-    """A model's input for the table and for JSON, and what its MACs count: one image, or one row of its input.
+    """A model's input for the table and for JSON, and what its MACs count: one image, one row of its input, one token.
 
     The table shows the first of several tensors. JSON has channels, height and width of an image, else the tensors.
     """
     if isinstance(entry.input, ImageInput):
         sizes = [entry.input.channels, entry.input.size, entry.input.size]
         return "x".join(map(str, sizes)), sizes, "image"
+    if isinstance(entry.input, TokenInput):
+        ids = {"name": entry.input.name, "shape": ["B", "N"], "dtype": "int64", "index_of": str(entry.input.vocab_size)}
+        return f"{entry.input.context:,} tokens", [{**ids, "context": entry.input.context}], "token"
     defaults = entry.arguments()
     tensors: list[dict[str, Any]] = []
     for tensor in entry.input.tensors:
@@ -87,12 +95,12 @@ def _input_of(entry: ModelEntry) -> tuple[str, list[int] | list[dict[str, Any]],
 
 
 def shipped_accuracy(name: str) -> float | None:
-    """The measured test accuracy in the JSON beside a model's shipped weights, 0 to 1."""
+    """The measured test accuracy in the JSON beside a model's shipped weights, 0 to 1; None where it has none."""
     file = resources.files("edgekit.models") / "pretrained" / f"{name}.json"
     if not file.is_file():
         return None
-    accuracy = json.loads(file.read_text(encoding="utf-8"))["test_accuracy"]
-    return float(accuracy)
+    accuracy = json.loads(file.read_text(encoding="utf-8")).get("test_accuracy")
+    return None if accuracy is None else float(accuracy)
 
 
 def exported(output: Output, bundles: Sequence[Bundle]) -> None:
@@ -107,6 +115,12 @@ def exported(output: Output, bundles: Sequence[Bundle]) -> None:
         rows.append((str(bundle.path), manifest.precision, origin, bytes_(_size_on_disk(bundle)), error))
     output.table(("bundle", "precision", "weights", "size", "relative error"), rows, right=("size", "relative error"))
     for bundle in bundles:
+        against = bundle.report().get("against_fp32", {})
+        for part, figures in against.items():
+            output.line(
+                f"{part}: logits of int4 differ from those of the weights before by {figures['logits_rel_l2']:.2g} "
+                f"(relative L2), the same next token in {percent(figures['top1_agreement'])} of a few texts"
+            )
         cost = bundle.report().get("precision")
         if cost:
             for line in cost_lines(bundle, cost):
@@ -173,12 +187,12 @@ def verification(output: Output, result: Verification) -> None:
 
 def _check_rows(check: Check) -> list[tuple[tuple[str, ...], bool]]:
     rows: list[tuple[tuple[str, ...], bool]] = []
-    for item in check.outputs:
+    for name, item in shown_outputs(check):
         verdict = "ok" if item else (item.problem or "differs")
         agreement = "" if item.top1_agreement is None else f"{100 * item.top1_agreement:.0f} %"
         row = (
             check.against,
-            item.name,
+            name,
             str(check.inputs),
             f"{item.max_abs:.2e}",
             f"{item.rel_l2:.2e}",
@@ -307,7 +321,7 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     """`edgekit inspect`; `kernels` as for `edgekit.load`."""
     manifest = bundle.manifest
     compiled = read_build(bundle) if manifest.target == "tvm" else None
-    nodes = bundle_kernels(bundle, kernels)
+    nodes = [item for part in bundle.parts().values() for item in bundle_kernels(part, kernels)]
     model, weights = manifest.model, manifest.model.weights
     in_words = (
         "" if not model.macs else f"{model.macs / 1e6:,.1f} M" if model.macs > 1e5 else f"{model.macs / 1e3:,.1f} k"
@@ -325,22 +339,26 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     output.line(f"target     {manifest.target}, {manifest.precision}{versions}")
     if manifest.calibration:
         output.line(f"calibrated on {manifest.calibration}")
-    for spec in manifest.inputs:
-        output.line(f"input      {spec}")
-        if spec.preprocessing is not None:
-            output.line(f"           {spec.preprocessing.describe()}")
-    for spec in manifest.outputs:
-        output.line(f"output     {spec}")
-    for name, limits in manifest.dims.items():
-        output.line(f"dimension  {name} in {limits}")
+    if manifest.generation is not None:
+        for line in generation_lines(manifest.generation):
+            output.line(line)
+    for name, part in bundle.parts().items():
+        if name:
+            output.line(f"graph      {name}, in {part.manifest.model_file}")
+        for line in tensor_lines(part.manifest):
+            output.line(line)
     if manifest.labels:
         shown = ", ".join(manifest.labels[:8]) + (", .." if len(manifest.labels) > 8 else "")
         output.line(f"labels     {len(manifest.labels)}: {shown}")
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     output.line(f"made with  {tools}")
     output.line()
-    ops = sorted(manifest.ops.items(), key=lambda item: -item[1])
-    output.table(("op", "nodes"), [(op, str(count)) for op, count in ops], right=("nodes",))
+    counts = {name: part.manifest.ops for name, part in bundle.parts().items()}
+    every = list(dict.fromkeys(op for ops in counts.values() for op in ops))
+    ranked = sorted(every, key=lambda op: -max(ops.get(op, 0) for ops in counts.values()))
+    columns = ("op", "nodes") if len(counts) == 1 else ("op", *(f"nodes of {name}" for name in counts))
+    rows = [(op, *(str(ops.get(op, 0)) for ops in counts.values())) for op in ranked]
+    output.table(columns, rows, right=columns[1:])
     output.line()
     if nodes:
         served = [(item.node, item.op, item.kernel) for item in nodes]

@@ -1,4 +1,4 @@
-"""`edgekit train`: train the small models of the zoo on data that come with scikit-learn."""
+"""`edgekit train`: train the small models of the zoo on data that come with scikit-learn and with Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgekit.models.train_lighthgnn import Recipe
 
 train_app = typer.Typer(
-    name="train", help="Train small models on data that come with scikit-learn.", no_args_is_help=True
+    name="train", help="Train small models on data that come with scikit-learn and with Python.", no_args_is_help=True
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -102,6 +102,36 @@ def digits(
     output.line()
     output.line(f"next: edgekit export {rows[0][0]} --target onnx --weights {rows[0][3]} -o {out}")
     output.json(reports)
+
+
+@train_app.command("dhsa_bytes")
+def dhsa_bytes(
+    seed: Annotated[int, typer.Option(help="Of initialisation and data.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for weights and report.")] = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Train the language model of bytes that ships with weights, on Python's own docs: about an hour of one core."""
+    from edgekit.models.dhsa_recipe import Recipe
+    from edgekit.models.train_dhsa import NAME, save, train
+
+    if threads < 1:
+        raise InputError(f"threads must be at least 1; got {threads}")
+    output = Output(as_json=as_json)
+    with output.steps("train") as step:
+        training = train(replace(Recipe(), seed=seed, threads=threads), step)
+        path = save(training, out)
+    figures = training.report["dense"]
+    rows = [
+        (name, length, f"{value['found']:.0%}" if isinstance(value, dict) else f"{value:.3f}")
+        for name, by_length in figures.items()
+        for length, value in by_length.items()
+    ]
+    output.table(("dense attention", "length", "figure"), rows, right=("length", "figure"))
+    output.line()
+    output.line(f"wrote {path}")
+    output.line(f"next: edgekit export {NAME} --target onnx --weights {path} -o {out}")
+    output.json({**training.report, "weights": str(path)})
 
 
 def _named(teacher: str, loss: str, setting: str, ties: str) -> dict[str, Any]:
