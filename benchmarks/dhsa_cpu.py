@@ -5,7 +5,7 @@
 float32, batch 1, random weights and inputs: 8 query heads and 4 key heads of 256, softcap 50, a window of 4096 tokens
 in every other layer, hidden 2304, MLP 9216; the vocabulary is cut to 1024. DHSA reads at most 2048 tokens per query
 block of 64. Before anything is timed it is checked: attention against float64 on 96 rows, prefill against PyTorch up to
-4096 tokens and beyond that against eager where it fits. Subjects take turns in random order; medians and ratios with
+4096 tokens, and all blocks against eager where that fits. Subjects take turns in random order; medians and ratios with
 bootstrap intervals of 95 % go to benchmarks/results/.
 
 kernel     BlockSparseAttention of all causal blocks; `peak` is torch.mm of 1024 x 1024, timed in the same turns
@@ -40,7 +40,6 @@ from benchmarks.onnx_cpu import earlier_rows, heading
 from benchmarks.turns import Subject, median, speedup, take_turns
 from edgekit import custom_ops
 from edgekit.custom_ops.tolerances import relative_l2
-from edgekit.models.decoder import Decoder
 from edgekit.runtime.system import measure_peak
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,16 +49,10 @@ WORST_ERROR, WORST_PREFILL_ERROR = 1e-5, 1e-4  # relative L2; a subject that is 
 
 DHSA, PORTABLE, PREDICTOR = "dhsa", "dhsa, portable body", "boundary predictor"
 SELECTION, SPARSE_OP, ALL_BLOCKS = "selection", "sparse op", "all blocks"
-EAGER, TORCH_EAGER, GQA, SDPA, FLEX = (
-    "eager",
-    "torch eager",
-    "GroupQueryAttention",
-    "torch SDPA (no softcap)",
-    "flex_attention",
-)
+EAGER, GQA, SDPA, FLEX = "eager", "GroupQueryAttention", "torch SDPA (no softcap)", "flex_attention"
 GRAPHS = {DHSA: "sparse", ALL_BLOCKS: "all blocks", EAGER: "eager"}
-RIVALS = (EAGER, TORCH_EAGER, GQA, SDPA, FLEX, ALL_BLOCKS)
-SCORE_MATRICES = {EAGER: 3, TORCH_EAGER: 3, GQA: 1}  # alive at once, at least, where rivals have them
+RIVALS = (EAGER, GQA, SDPA, FLEX, ALL_BLOCKS)
+SCORE_MATRICES = {EAGER: 3, GQA: 1}  # alive at once, at least, where rivals have them
 
 
 @dataclass
@@ -87,11 +80,12 @@ class Row:
             )
 
     def time(self, runs: Mapping[str, Subject], compared: Sequence[tuple[str, str]]) -> Row:
-        """Time the subjects in turns, and note the speed-ups of the pairs (ours, rival)."""
+        """Time the subjects in turns, and note the speed-ups of the pairs (ours, rival); keeps what is known."""
         short = self.length <= 4096
         series = take_turns(runs, rounds=ROUNDS.get(self.length, 5), settling_runs=int(short))
-        self.p50_ms = {name: float(f"{median(turns):.4g}") for name, turns in series.items()}
-        self.speedups = {f"{ours} over {rival}": speedup(series[rival], series[ours]) for ours, rival in compared}
+        medians = {name: float(f"{median(turns):.4g}") for name, turns in series.items()}
+        self.p50_ms = medians | self.p50_ms
+        self.speedups |= {f"{ours} over {rival}": speedup(series[rival], series[ours]) for ours, rival in compared}
         return self
 
 
@@ -180,30 +174,37 @@ def _attention_case(layer: Layer, inputs: Tensors, ids: torch.Tensor, predict: S
     expected = subjects_of.truth(inputs, layer, index=index)
     for name, run in runs.items():
         row.check(name, _some(run), expected)
+    runs |= {SELECTION: select} | ({PREDICTOR: predict} if layer == "global" else {})
     for name in RIVALS:
-        if reason := _too_large(name, length):
-            row.unavailable[name] = reason
-            continue
-        try:
-            run = _rival(name, inputs, layer, threads)
-            got = _some(run)
-        except Exception as error:  # a rival that does not work here is reported, not left out
-            row.unavailable[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            continue
-        row.check(name, got, subjects_of.truth(inputs, layer, softcap=0.0 if name == SDPA else SOFTCAP))
-        runs[name] = run
-    runs |= {SELECTION: select}
-    if layer == "global":
-        runs |= {PREDICTOR: predict}
-    return row.time(runs, [(DHSA, name) for name in RIVALS if name in runs] + [(DHSA, PORTABLE)])
+        if name not in SCORE_MATRICES and (run := _checked_rival(row, name, inputs, layer)):
+            runs[name] = run
+    row.time(runs, [(DHSA, name) for name in RIVALS if name in runs] + [(DHSA, PORTABLE)])
+    # Rivals with matrices of scores take turns with ours alone, one after the other: they do not fit side by side.
+    for name in SCORE_MATRICES:
+        if run := _checked_rival(row, name, inputs, layer):
+            row.time({DHSA: runs[DHSA], name: run}, [(DHSA, name)])
+            del run
+    return row
+
+
+def _checked_rival(row: Row, name: str, inputs: Tensors, layer: Layer) -> Subject | None:
+    """A dense rival whose answers are right; None, with a note, where it does not run here."""
+    if reason := _too_large(name, row.length):
+        row.unavailable[name] = reason
+        return None
+    try:
+        run = _rival(name, inputs, layer, row.threads)
+        got = _some(run)
+    except Exception as error:  # a rival that does not work here is reported, not left out
+        row.unavailable[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return None
+    row.check(name, got, subjects_of.truth(inputs, layer, softcap=0.0 if name == SDPA else SOFTCAP))
+    return run
 
 
 def _rival(name: str, inputs: Tensors, layer: Layer, threads: int) -> Subject:
-    eager = subjects_of.Eager(subjects_of.WINDOWS[layer])
-    q, k, v = (inputs[key] for key in "qkv")
     makes: dict[str, Callable[[], Subject]] = {
         EAGER: lambda: subjects_of.run_graph("eager", layer, inputs, threads),
-        TORCH_EAGER: lambda: lambda: eager(q, k, v),
         GQA: lambda: subjects_of.group_query_attention(inputs, threads, layer),
         SDPA: lambda: subjects_of.torch_sdpa(inputs, layer),
         FLEX: lambda: subjects_of.flex_attention(inputs, layer),
@@ -240,38 +241,35 @@ def _free_bytes() -> int:
 
 def _prefill(length: int, threads: int, folder: Path) -> list[Row]:
     row = Row("prefill", "two layers", length, threads)
-    runs: dict[str, Subject] = {}
-    for name, kind in subjects_of.PREFILLS.items():
-        if reason := _too_large(name, length):
-            row.unavailable[name] = reason
-            continue
-        runs[name] = subjects_of.prefill_run(_written(kind, folder), length, threads)
-    answers = {name: run() for name, run in runs.items()}
-    expected = _torch_logits(length)
-    for name, answer in answers.items():
-        truth = expected[DHSA if name == DHSA else ALL_BLOCKS]
-        if truth is not None:
-            row.check(name, answer, truth, WORST_PREFILL_ERROR)
-    if EAGER in answers and expected[ALL_BLOCKS] is None:
-        assert isinstance(answers[EAGER], torch.Tensor)
-        row.check(ALL_BLOCKS, answers[ALL_BLOCKS], answers[EAGER], WORST_PREFILL_ERROR)
-    return [row.time(runs, [(DHSA, name) for name in (EAGER, ALL_BLOCKS) if name in runs])]
+    truths = _torch_logits(length)
+    runs = {name: subjects_of.prefill_run(_written(name, folder), length, threads) for name in (DHSA, ALL_BLOCKS)}
+    for name, run in runs.items():
+        if name in truths:
+            row.check(name, run(), truths[name], WORST_PREFILL_ERROR)
+    row.time(runs, [(DHSA, ALL_BLOCKS)])
+    dense = runs.pop(ALL_BLOCKS)()
+    if reason := _too_large(EAGER, length):
+        row.unavailable[EAGER] = reason
+        return [row]
+    runs[EAGER] = subjects_of.prefill_run(_written(EAGER, folder), length, threads)
+    assert isinstance(dense, torch.Tensor)
+    row.check(EAGER, runs[EAGER](), dense, WORST_PREFILL_ERROR)
+    return [row.time(runs, [(DHSA, EAGER)])]
 
 
 @torch.no_grad()
-def _torch_logits(length: int) -> dict[str, torch.Tensor | None]:
+def _torch_logits(length: int) -> dict[str, torch.Tensor]:
     """What PyTorch's decoder answers, for lengths that it does not take minutes for."""
-    if length > 4096:
-        return {DHSA: None, ALL_BLOCKS: None}
-    answers: dict[str, torch.Tensor | None] = {}
-    for name in (DHSA, ALL_BLOCKS):
-        decoder: Decoder = subjects_of.decoder(subjects_of.PREFILLS[name])
+    answers = {}
+    for name in (DHSA, ALL_BLOCKS) if length <= 4096 else ():
+        decoder = subjects_of.decoder(subjects_of.PREFILLS[name])
         ids = torch.from_numpy(subjects_of.prompt(length))
         answers[name] = decoder.prefill(ids, torch.ones_like(ids), decoder.empty_cache(1))[0]
     return answers
 
 
-def _written(kind: subjects_of.PrefillKind, folder: Path) -> Path:
+def _written(name: str, folder: Path) -> Path:
+    kind = subjects_of.PREFILLS[name]
     path = folder / f"{kind}.onnx"
     if not path.exists():
         subjects_of.write_prefill(kind, path)
@@ -287,8 +285,8 @@ def _memory(length: int, threads: int, folder: Path) -> list[Row]:
         if name in GRAPHS and not file.exists():
             onnx.save(subjects_of.graph(GRAPHS[name], "global"), file)
         _measure(attention, name, f"attention:{name}:{length}:{file}")
-    for name, kind in subjects_of.PREFILLS.items():
-        _measure(prefill, name, f"prefill:{name}:{length}:{_written(kind, folder)}")
+    for name in subjects_of.PREFILLS:
+        _measure(prefill, name, f"prefill:{name}:{length}:{_written(name, folder)}")
     return [attention, prefill]
 
 

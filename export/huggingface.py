@@ -74,9 +74,10 @@ def _architecture(name: str, folder: Path) -> Any:
 
 
 def _load(architecture: Any, folder: Path) -> torch.nn.Module:
-    log = logging.getLogger("transformers")
-    level = log.level
+    log, bars = logging.getLogger("transformers"), importlib.import_module("transformers.utils.logging")
+    level, bars_shown = log.level, bars.is_progress_bar_enabled()
     log.setLevel(logging.ERROR)
+    bars.disable_progress_bar()
     try:
         module, report = architecture.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -85,6 +86,8 @@ def _load(architecture: Any, folder: Path) -> torch.nn.Module:
         raise WeightsError(f"{folder} could not be loaded: {first_line(error)}") from error
     finally:
         log.setLevel(level)
+        if bars_shown:
+            bars.enable_progress_bar()
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise WeightsError(
             f"{folder} has no fitting weights for {len(missing)} tensors of {architecture.__name__} "

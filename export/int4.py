@@ -112,14 +112,16 @@ class Int4:
 
         Raises `ExportError` where there is none.
         """
-        before = len(self.packed)
+        whole = _looked_up_whole(model.graph)
         count = 0
         for index, node in enumerate(list(model.graph.node)):
+            if whole.intersection(node.input):
+                continue
             made = self._product(model.graph, node, weights) or self._look_up(model.graph, node, weights)
             if made is not None:
                 model.graph.node[index].CopyFrom(made)
                 count += 1
-        if not count or (not before and not self.packed):
+        if not count:
             raise ExportError("int4 found no weights to quantize: all of them are too small; export it as fp32")
         drop_unused(model, weights)
         if not any(item.domain == DOMAIN for item in model.opset_import):
@@ -155,8 +157,6 @@ class Int4:
         if next((item.i for item in node.attribute if item.name == "axis"), 0) != 0:
             return None
         shape = next(tuple(item.dims) for item in graph.initializer if item.name == name)
-        if len(shape) != 2 or shape[1] % BLOCK:  # the ops pack alike only where no block is filled up
-            return None
         packed = self._pack(name, weights[name])
         values, scales, zeros = _declare(graph, weights, name, packed, (shape[0], shape[1] // 2), "rows")
         return onnx.helper.make_node(
@@ -175,6 +175,17 @@ class Int4:
         if name not in self.packed:
             self.packed[name] = pack(make())
         return self.packed[name]
+
+
+def _looked_up_whole(graph: onnx.GraphProto) -> set[str]:
+    """The initializers in which rows are looked up and that do not fill their blocks.
+
+    The ops pack alike only where no block is filled up. An embedding that is the logits' matrix, too, then stays as it
+    is in both places: it would be two matrices otherwise.
+    """
+    shapes = {item.name: tuple(item.dims) for item in graph.initializer}
+    found = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in shapes}
+    return {name for name in found if len(shapes[name]) != 2 or shapes[name][1] % BLOCK}
 
 
 def _declare(

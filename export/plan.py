@@ -9,6 +9,7 @@ from typing import Any
 from edgekit.errors import InputError, ShapeError
 from edgekit.export.shapes import InputShape, parse_shapes, program_shapes
 from edgekit.export.source import LoadedModel
+from edgekit.models.decoder_config import FAMILIES
 from edgekit.runtime.preprocess import ImagePreprocessing
 
 
@@ -49,9 +50,7 @@ def make_plan(
     else:
         parsed = defaults.shapes
     if not parsed:
-        raise ShapeError(
-            f"the input shapes of {loaded.name} are unknown; pass --shape NAME:1x3x224x224, once for each input"
-        )
+        raise _unknown_shapes(loaded)
     recipe: ImagePreprocessing | None
     if preprocessing is None:
         recipe = defaults.preprocessing and _at_size(defaults.preprocessing, parsed[0])
@@ -64,6 +63,19 @@ def make_plan(
         raise InputError(f"labels must be a list of names, got the text {labels!r}")
     names = tuple(labels) if labels is not None else defaults.labels
     return Plan(loaded, parsed, recipe, names or None, opset, seed, check, tolerance, step)
+
+
+def _unknown_shapes(loaded: LoadedModel) -> ShapeError:
+    """What to do about it; transformers' models of text say what they are and how many tokens they know."""
+    config = getattr(loaded.module, "config", None)
+    vocabulary, kind = getattr(config, "vocab_size", None), getattr(config, "model_type", None)
+    if type(loaded.module).__name__.endswith("ForCausalLM"):
+        return ShapeError(
+            f"{loaded.name} is a language model of another architecture, {kind}; those that become bundles which "
+            f"generate text are {', '.join(FAMILIES)}"
+        )
+    what = f"'input_ids:1x64@int64<{vocabulary}'" if isinstance(vocabulary, int) else "NAME:1x3x224x224"
+    return ShapeError(f"the input shapes of {loaded.name} are unknown; pass --shape {what}, once for each input")
 
 
 def _at_size(recipe: ImagePreprocessing, shape: InputShape) -> ImagePreprocessing | None:

@@ -25,6 +25,7 @@ from edgekit.export.data import image_preprocessing
 from edgekit.export.shapes import InputShape
 from edgekit.export.zoo import default_shapes
 from edgekit.models.decoder_checkpoint import is_decoder_folder, load_decoder
+from edgekit.models.decoder_config import FAMILIES
 from edgekit.models.registry import ModelEntry
 from edgekit.runtime.manifest import Manifest, ModelInfo, WeightsInfo
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -166,6 +167,11 @@ def reload_model(
         if kind not in ("zoo", "factory"):
             raise ExportError(f"{manifest.name} was exported from {info.source}; pass the model to compare with")
         model = rest
+    elif manifest.generation is not None and _is_other_folder(model):
+        raise InputError(
+            f"{model} holds no language model of {', '.join(FAMILIES)}, and {manifest.name} is one; pass the folder it "
+            "was exported from"
+        )
     if weights is None and info.weights.source in ("random", "file"):
         if info.weights.source == "file":
             raise WeightsError(f"{manifest.name} was exported with the weights file {info.weights.file}; pass it again")
@@ -177,6 +183,11 @@ def reload_model(
             f"{manifest.name} was exported with ({info.weights.sha256[:12]}..)"
         )
     return loaded
+
+
+def _is_other_folder(model: str | Path | torch.nn.Module) -> bool:
+    """Whether `model` is a folder that holds no decoder: its options would make no sense there."""
+    return not isinstance(model, torch.nn.Module) and Path(model).is_dir() and not is_decoder_folder(model)
 
 
 def _from_zoo(name: str, weights: str | Path | None, seed: int, options: dict[str, Any]) -> LoadedModel:
@@ -327,6 +338,11 @@ def _from_decoder_folder(path: Path, options: dict[str, Any]) -> LoadedModel:
     recorded = dict(options)
     if isinstance(predictor, str | Path):
         inside = path / predictor
+        if not inside.is_file() and not Path(predictor).is_file():
+            raise WeightsError(
+                f"no predictor at {predictor}, and none of that name in {path}; check the path, or put the file into "
+                "the folder"
+            )
         options = {**options, "predictor": inside if inside.is_file() else Path(predictor)}
         recorded["predictor"] = Path(predictor).name
     name = path.resolve().name

@@ -55,7 +55,8 @@ def _from_folder(folder: Path, config: DecoderConfig) -> TokenizerInfo:
         )
     told = _settings(folder / "tokenizer_config.json")
     bos = config.bos if config.bos is not None else vocabulary.get(_content(told.get("bos_token")))
-    eos = config.eos or tuple(filter(None, [vocabulary.get(_content(told.get("eos_token")))]))
+    end = vocabulary.get(_content(told.get("eos_token")))
+    eos = config.eos or (() if end is None else (end,))
     pad = config.pad if config.pad is not None else vocabulary.get(_content(told.get("pad_token")))
     adds = told.get("add_bos_token")
     if not isinstance(adds, bool):  # newer folders leave it to the tokenizer itself

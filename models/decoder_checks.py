@@ -58,10 +58,30 @@ def check_pass(
             f"{len(cache.keys)} layers, the first {list(cache.keys[0].shape)}; start from empty_cache(batch)"
         )
     _check_mask(attention_mask, input_ids, past, gaps=single)
-    chunks = config.attention.has_chunks and not (single and config.attention.decode == "dense")
-    if chunks and not cache.chunk_keys and past:
+    if config.attention.has_chunks and not (single and config.attention.decode == "dense"):
+        _check_chunks(config, cache, len(input_ids))
+
+
+def _check_chunks(config: DecoderConfig, cache: Cache, batch: int) -> None:
+    """The chunks of a cache are there for every layer and for every cached token."""
+    if not cache.chunk_keys:
         raise InputError(
-            'the cache has no chunks, which decode="dense" leaves out: after such a step only decode can follow'
+            'the cache has no chunks, which decode="dense" leaves out: after such a step only decode can follow; begin '
+            "with empty_cache(batch)"
+        )
+    heads = config.attention.mask_heads(config.num_kv_heads)
+    tables = 1 if config.attention.shared_ids else config.num_layers
+    keys, ids = cache.chunk_keys, cache.chunk_ids
+    wanted = (batch, heads, keys[0].shape[2], config.head_dim)
+    if (
+        (len(keys), len(ids)) != (config.num_layers, tables)
+        or any(tuple(key.shape) != wanted for key in keys)
+        or any(tuple(each.shape) != (batch, cache.tokens) for each in ids)
+    ):
+        raise ShapeError(
+            f"the cache must hold chunk keys [{batch}, {heads}, chunks, {config.head_dim}] for {config.num_layers} "
+            f"layers and {tables} times the chunks of its tokens, [{batch}, {cache.tokens}]; got {len(keys)}, the "
+            f"first {list(keys[0].shape)}, and {len(ids)}; take a cache of a model with the same attention"
         )
 
 

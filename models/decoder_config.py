@@ -27,12 +27,23 @@ class RopeScaling:
 
     Wavelengths beyond `original_context / low_frequency` tokens grow by `factor`, those under
     `original_context / high_frequency` stay, and between them the factor is blended in.
+
+    Raises:
+        InputError: a factor or a context below 1, or frequencies that are not 0 < low < high.
     """
 
     factor: float
     low_frequency: float
     high_frequency: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and self.original_context >= 1 and 0 < self.low_frequency < self.high_frequency):
+            raise InputError(
+                "rotary positions are stretched by a factor of at least 1, from an original context of at least 1 "
+                f"token, with 0 < low < high frequency; got factor {self.factor:g}, context {self.original_context}, "
+                f"frequencies {self.low_frequency:g} and {self.high_frequency:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,12 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even, for rotary positions; got {self.head_dim}")
+        for name in ("query_scale", "rope_theta", "embedding_scale"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0; got {getattr(self, name)}")
+        for name in ("attention_softcap", "final_softcap", "norm_eps"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.sliding_window < 0:
             raise InputError(f"sliding_window must be at least 0 (0 for none); got {self.sliding_window}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
@@ -201,9 +218,14 @@ def _from_huggingface(entries: _Entries, attention: SparseAttention, context: in
     hidden, heads, layers = (
         entries.integer(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    if heads < 1:
-        raise InputError(f"num_attention_heads in the configuration must be at least 1; got {heads}")
+    for name, size in (("hidden_size", hidden), ("num_attention_heads", heads)):
+        if size < 1:
+            raise InputError(f"{name} in the configuration must be at least 1; got {size}")
     head_dim = entries.integer("head_dim", 256 if gemma else hidden // heads)
+    query = entries.number("query_pre_attn_scalar", 256) if gemma else head_dim
+    if query <= 0:
+        name = "query_pre_attn_scalar" if gemma else "head_dim"
+        raise InputError(f"{name} in the configuration must be above 0; got {query:g}")
     window, sliding = _sliding(entries, family, layers)
     theta, scaling = _rope(entries)
     bias = entries.switch("attention_bias", default=False)
@@ -217,7 +239,7 @@ def _from_huggingface(entries: _Entries, attention: SparseAttention, context: in
         num_kv_heads=entries.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         context=entries.integer("max_position_embeddings") if context is None else context,
-        query_scale=(entries.number("query_pre_attn_scalar", 256) if gemma else head_dim) ** -0.5,
+        query_scale=query**-0.5,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=entries.number("rms_norm_eps", 1e-6),

@@ -292,7 +292,9 @@ def _block_scores(
 ) -> torch.Tensor:
     """The best score of a chunk with a valid token in the block, and within the window: `[B, Hm, NQ, NB]`.
 
-    Causality needs no mask here: a block that a row sees in part holds queries of the row, so it is read anyway.
+    Causality needs no mask here: a block that a row sees in part holds queries of the row, so it is read anyway. The
+    scores by slot are the one tensor here that grows with T * N: it is as large as a matrix of attention weights of
+    Hm heads divided by the block size.
     """
     batch, heads, count = queries.shape[:3]
     scores = (keys @ queries.transpose(2, 3)).transpose(1, 2).flatten(2)  # [B, C, Hm * NQ]

@@ -8,6 +8,9 @@ by which sparse attention selects. Then the boundary predictor of DHSA (arXiv 25
 
 The run is seeded and takes about an hour of one core. Matrix products are in bfloat16, so other processors and versions
 round otherwise and give other weights. Beside the weights a JSON file records recipe and figures.
+
+The shipped weights cannot be had again to the bit: their phases were trained by a forerunner of this script, on the
+same sequences with the same losses, from other first weights. `origin` in their JSON says what differs.
 """
 
 from __future__ import annotations

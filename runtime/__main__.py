@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save", metavar="FILE.npz", help="also write the raw outputs")
     sub.add_argument("--prompt", metavar="TEXT", help="for a language model: the text to continue")
     sub.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is standard input")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {MAX_NEW_TOKENS}, or what fits")
     sub.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token; default: 0")
     sub.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability")
     sub.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.preprocess import ImagePreprocessing
 
 LABEL_NAMES = ("labels", "label", "y")
+_SHOWN = 6  # names in a message
 
 # What numpy.load raises on files that are damaged, or that hold Python objects.
 _LOAD_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -188,6 +189,12 @@ def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
+def _listed(names: Sequence[str]) -> str:
+    """The names; of many, such as those of a language model's cache, the first."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
 def _from_arrays(arrays: dict[str, NDArray[Any]], path: Path, input_shapes: Mapping[str, Sequence[Any]]) -> Dataset:
     label_names = [name for name in LABEL_NAMES if name in arrays and name not in input_shapes]
     if len(label_names) > 1:
@@ -197,8 +204,8 @@ def _from_arrays(arrays: dict[str, NDArray[Any]], path: Path, input_shapes: Mapp
         inputs = dict(zip(input_shapes, inputs.values(), strict=True))
     if inputs.keys() != input_shapes.keys():
         raise InputError(
-            f"{path}: expected an array for each input ({', '.join(input_shapes)}) and optionally labels, "
-            f"got {', '.join(name or 'one array' for name in arrays) or 'no array'}"
+            f"{path}: expected an array for each input ({_listed(list(input_shapes))}) and optionally labels, "
+            f"got {_listed([name or 'one array' for name in arrays]) or 'no array'}"
         )
     whole = len({tuple(shape[:1]) for shape in input_shapes.values()}) > 1
     for name, array in inputs.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +66,8 @@ class Generator:
         self.bundle = opened
         self.info = manifest.generation
         self.tokenizer = load_tokenizer(opened)
-        check_weights_fit(opened.name, loading_bytes(opened), free_memory_bytes())
+        smallest = manifest.precision == "int4"
+        check_weights_fit(opened.name, loading_bytes(opened), free_memory_bytes(), smallest=smallest)
         start = time.perf_counter()
         self.prefill = OnnxRuntimeSession(opened, threads=threads, kernels=kernels)
         self.decode = OnnxRuntimeSession(part, threads=threads, kernels=kernels)
@@ -112,6 +113,7 @@ class Generator:
         stop: str | Sequence[str] = (),
         eos: Sequence[int] | None = None,
         pass_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> TextStream:
         """Continue one prompt, or several at once, and give the pieces as they come.
 
@@ -126,6 +128,7 @@ class Generator:
             pass_tokens: how many tokens of the prompts one pass takes, a multiple of the block size; None: as many as
                 the bundle says. Fewer where memory is short. Where attention is sparse, how a prompt is split can
                 change what its tokens attend to.
+            progress: called before each pass over the prompts with the tokens that were read and those of the longest.
 
         Raises:
             InputError: a prompt that is empty or no text, a value out of its range, a text longer than the model's
@@ -149,7 +152,7 @@ class Generator:
             Row(ids, Sampler(sampling, row), self.tokenizer.stream(ids), ends, stops, new)
             for row, ids in enumerate(prompt_ids)
         ]
-        return TextStream(self, rows, plan, sampling.seed, time.perf_counter() - start)
+        return TextStream(self, rows, plan, sampling.seed, time.perf_counter() - start, progress)
 
     def _plan(self, prompts: list[list[int]], new: int, pass_tokens: int | None) -> MemoryPlan:
         dims = self.prefill.bundle.manifest.dims
@@ -207,12 +210,19 @@ class TextStream(Iterator[Piece]):
     """Iterates over the pieces of the answers as they are generated; see `Generator.stream`."""
 
     def __init__(
-        self, generator: Generator, rows: list[Row], plan: MemoryPlan, seed: int | None, seconds_before: float
+        self,
+        generator: Generator,
+        rows: list[Row],
+        plan: MemoryPlan,
+        seed: int | None,
+        seconds_before: float,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.plan = plan
         self._generator = generator
         self._rows = rows
         self._seed = seed
+        self._progress = progress
         self._first_token_seconds = seconds_before
         self._prefill_seconds = self._decode_seconds = 0.0
         self._steps = self._run()
@@ -299,6 +309,8 @@ class TextStream(Iterator[Piece]):
         done = 0
         for number, tokens in enumerate(self.plan.passes, 1):
             end = done + tokens
+            if self._progress is not None:
+                self._progress(done, max(len(row.prompt) for row in self._rows))
             outputs = generator.prefill.run_values(
                 {
                     "input_ids": value(np.ascontiguousarray(ids[:, done:end])),
@@ -367,7 +379,7 @@ def check_language_model(bundle: Bundle) -> None:
         takes = ", ".join(map(str, bundle.manifest.inputs))
         raise InputError(
             f"{bundle.name} is no language model, so it takes no prompt; it takes {takes}. Run it on files: edgekit "
-            f"run {bundle.path.name} INPUT"
+            f"run {bundle.path} INPUT"
         )
 
 

@@ -145,12 +145,12 @@ def loading_bytes(bundle: Bundle) -> int:
     return 2 * sum(sizes.values()) + copies * weights
 
 
-def check_weights_fit(name: str, needed: int, free: int | None) -> None:
-    """Raise `InputError` where a model that takes so many bytes cannot be loaded."""
+def check_weights_fit(name: str, needed: int, free: int | None, *, smallest: bool = False) -> None:
+    """Raise `InputError` where a model that takes so many bytes cannot be loaded; `smallest`: there is no smaller."""
     if free is not None and needed > free:
         raise InputError(
-            f"not enough memory: loading {name} needs about {_size(needed)}, and {_size(free)} are free; free memory, "
-            "or export it with --precision int4"
+            f"not enough memory: loading {name} needs about {_size(needed)}, and {_size(free)} are free; free memory"
+            + ("" if smallest else ", or export it with --precision int4")
         )
 
 

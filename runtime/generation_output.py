@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from edgekit.errors import InputError
 from edgekit.runtime.bundle import Bundle
@@ -74,6 +74,12 @@ class PromptOptions:
             raise InputError("give either --prompt or --prompt-file, not both")
         if inputs:
             raise InputError("give either INPUT files or a prompt, not both: a language model continues one text")
+        if self.temperature is None:
+            for name, draw in (("--top-p", self.top_p), ("--seed", self.seed)):
+                if draw is not None:
+                    raise InputError(
+                        f"{name} does nothing without a temperature; add --temperature 0.7, or leave it out"
+                    )
         for name, value in not_with_prompt.items():
             if value is not None and value is not False:
                 hint = "; did you mean --top-p?" if name == "--top" else ""
@@ -114,15 +120,18 @@ def run_prompt(
     if backend not in (None, "onnxruntime"):
         raise InputError(f"the backend {backend} generates no text; leave --backend out")
     prompt = read_prompt(options)
-    generator = load_generator(bundle, threads=threads, kernels=kernels)
-    stream = generator.stream(
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=0.0 if options.temperature is None else options.temperature,
-        top_p=1.0 if options.top_p is None else options.top_p,
-        seed=options.seed,
-        stop=options.stop,
-    )
+    with StatusLine(sys.stderr if show else None) as status:
+        status.show(f"loading {bundle.name}")
+        generator = load_generator(bundle, threads=threads, kernels=kernels)
+        stream = generator.stream(
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=0.0 if options.temperature is None else options.temperature,
+            top_p=1.0 if options.top_p is None else options.top_p,
+            seed=options.seed,
+            stop=options.stop,
+            progress=lambda done, total: status.show(f"reading the prompt: {done:,} of {total:,} tokens"),
+        )
     notes = list(dict.fromkeys(filter(None, (generator.prefill.kernels_note, generator.decode.kernels_note))))
     weights = bundle.manifest.model.weights
     if weights.source == "random":
@@ -133,10 +142,12 @@ def run_prompt(
         writer = TextWriter(sys.stdout)
         try:
             for piece in stream:
+                status.clear()
                 writer.write(piece.text)
         except BrokenPipeError:  # the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
+            status.clear()
             writer.end_line()
     result = stream.finish() if not show else stream.generated()
     if show and options.stats:
@@ -165,6 +176,32 @@ def read_prompt(options: PromptOptions) -> str:
             "belongs to no character; convert it to UTF-8 first"
         ) from error
     return text.removeprefix(_BYTE_ORDER_MARK).removesuffix("\n").removesuffix("\r")
+
+
+class StatusLine:
+    """Says on a terminal what is going on until the text comes; elsewhere it says nothing."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream if stream is not None and stream.isatty() else None
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        """Replace what is shown."""
+        if self._stream is not None:
+            print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        """Take it away."""
+        if self._stream is not None and self._shown:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
+            self._shown = False
 
 
 class TextWriter:

@@ -116,6 +116,8 @@ def weights_problem(tensor: ExternalTensor, sizes: Mapping[str, int]) -> str | N
     if len(entries) < len(tensor.entries) or entries.keys() != {"location", "offset", "length"}:
         return "it must name its location, offset and length, each once"
     location = entries["location"]
+    if location.startswith("*"):
+        return "its location is one that onnxruntime takes for an address in memory"
     if location not in sizes:
         return f"the manifest lists no file {location[:80]!r} with the role 'weights'"
     numbers = [entries[key] for key in ("offset", "length")]

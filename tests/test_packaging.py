@@ -57,7 +57,14 @@ def test_wheel_holds_exactly_the_tree(wheel: Path) -> None:
     assert len(licenses) == 1
     assert {name for name in names if name.endswith(".safetensors")} == {
         f"edgekit/models/pretrained/{name}.safetensors"
-        for name in ("care_digits", "dynamicvis_digits", "hgnn_digits", "lighthgnn_digits", "shvit_digits")
+        for name in (
+            "care_digits",
+            "dhsa_bytes",
+            "dynamicvis_digits",
+            "hgnn_digits",
+            "lighthgnn_digits",
+            "shvit_digits",
+        )
     }
 
 

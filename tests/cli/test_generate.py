@@ -100,7 +100,12 @@ def test_only_one_line_end_of_a_file_is_dropped(run: Run, toy: Path, monkeypatch
         (["--prompt", "a", "--backend", "tvm"], "the backend tvm generates no text"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature must be a number of at least 0, got nan"),
-        (["--prompt", "a", "--top-p", "1.5"], "top_p must be a number above 0 and at most 1, got 1.5"),
+        (["--prompt", "a", "--top-p", "0.9"], "--top-p does nothing without a temperature; add --temperature 0.7"),
+        (["--prompt", "a", "--seed", "1"], "--seed does nothing without a temperature; add --temperature 0.7"),
+        (
+            ["--prompt", "a", "--temperature", "1", "--top-p", "1.5"],
+            "top_p must be a number above 0 and at most 1, got 1.5",
+        ),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
         (["--prompt", "a", "--max-new-tokens", "256"], "context longer than the cache: 1 prompt and 256 new"),
         (["--temperature", "1"], "--temperature is for language models; add --prompt TEXT"),
@@ -125,10 +130,25 @@ def test_a_file_that_is_no_utf8_is_refused_with_the_place(run: Run, toy: Path, t
     assert "is no UTF-8 text: the byte 0xe9 at offset 3 belongs to no character" in err
 
 
+def test_a_terminal_is_told_what_is_going_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Terminal()
+    monkeypatch.setattr(sys, "stderr", both)
+    monkeypatch.setattr(sys, "stdout", both)
+    assert main(["run", str(toy), "--prompt", "three", "--max-new-tokens", "3"]) == 0
+    text = answer(toy, "three", 3).text
+    *shown, last = both.getvalue().split("\r\x1b[K")
+    assert shown[:2] == ["", "loading toy-onnx"]
+    assert "reading the prompt: 0 of 5 tokens" in shown
+    alone = Terminal()
+    TextWriter(alone).write(text + "\n")
+    assert last == alone.getvalue()  # nothing else stays
+
+
 def test_an_image_model_takes_no_prompt(run: Run, tiny_bundle: Bundle) -> None:
     code, _, err = run(tiny_bundle.path, "--prompt", "hello")
     assert code == 2
     assert "tiny-onnx is no language model, so it takes no prompt; it takes x: float32[N, 4]" in err
+    assert f"edgekit run {tiny_bundle.path} INPUT" in err  # to be typed as it is
     code, out, _ = run(tiny_bundle.path, "--prompt", "hello", "--json")
     assert json.loads(out)["exit_code"] == 2
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edgekit
-from edgekit.errors import EdgekitError, InputError, MissingDependencyError, WeightsError
+from edgekit.errors import EdgekitError, InputError, MissingDependencyError, ShapeError, WeightsError
 from edgekit.export.huggingface import load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -184,6 +184,31 @@ class TestFolder:
         assert load_pretrained(path).shape is None
         with pytest.raises(EdgekitError, match="pass --shape"):
             export(path)
+
+    @pytest.mark.parametrize(
+        ("name", "sizes", "advice"),
+        [
+            ("BertModel", {}, r"unknown; pass --shape 'input_ids:1x64@int64<50', once for each input$"),
+            (
+                "MistralForCausalLM",
+                {"num_key_value_heads": 1},
+                "another architecture, mistral; those that become bundles which generate text are gemma2, llama",
+            ),
+        ],
+    )
+    def test_models_of_text(self, tmp_path, capfd, name, sizes, advice):
+        """transformers' own progress bars stay away."""
+        import transformers
+
+        sizes = sizes | {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        kind = getattr(transformers, name)
+        kind(kind.config_class(num_attention_heads=2, **sizes)).save_pretrained(tmp_path / "text")
+        capfd.readouterr()
+        shown = transformers.utils.logging.is_progress_bar_enabled()
+        with pytest.raises(ShapeError, match=advice):
+            edgekit.export(tmp_path / "text", "onnx", tmp_path / "out")
+        assert capfd.readouterr() == ("", "")
+        assert transformers.utils.logging.is_progress_bar_enabled() == shown
 
     @pytest.mark.parametrize(
         ("fields", "why"),

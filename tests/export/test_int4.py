@@ -91,6 +91,21 @@ def test_a_look_up_gives_these_weights(tmp_path):
     np.testing.assert_array_equal(run(model, weights, tmp_path, rows), quantizer.packed["w"].unpacked()[rows])
 
 
+def test_an_embedding_of_broken_blocks_is_one_matrix_in_both_of_its_places():
+    """Rows cannot be looked up in it packed, so the logits must not come from a packed one either."""
+    embedding, other = (np.random.default_rng(seed).standard_normal((50, 45)).astype(np.float32) for seed in (0, 1))
+    model, weights = product(other)
+    model.graph.node.insert(0, onnx.helper.make_node("Gather", ["embedding", "ids"], ["rows"]))
+    model.graph.node.insert(1, onnx.helper.make_node("Gemm", ["rows", "embedding"], ["scores"], transB=1))
+    model.graph.initializer.append(external("embedding", 1, [50, 45]))
+    weights["embedding"] = lambda: embedding
+    quantizer = Int4(precise_keys=False)
+    quantizer.apply(model, weights)
+    assert [node.op_type for node in model.graph.node] == ["Gather", "Gemm", "MatMulNBits"]
+    assert set(quantizer.packed) == {"w"}
+    assert "embedding" in weights
+
+
 def test_nothing_to_quantize():
     model, _ = product(np.ones((4, 4), np.float32))
     with pytest.raises(ExportError, match="int4 found no weights to quantize"):

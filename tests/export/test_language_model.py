@@ -124,7 +124,7 @@ class TestBundle:
     def test_the_files_tell_nothing_of_the_machine(self, bundle):
         for name in ("model.onnx", "decode.onnx"):
             content = bundle.read(name)
-            assert b"/work" not in content
+            assert str(Path(__file__).parents[2]).encode() not in content
             assert b"site-packages" not in content
             assert b"File " not in content
 
@@ -321,6 +321,8 @@ class TestCommandLine:
             (["--option", "attention=block", "--option", "budget=32"], "budget below"),
             (["--option", "budget=512"], "does nothing with attention"),
             (["--option", "layers=3"], "the decoder does not take layers"),
+            (["--option", "attention=dhsa"], "needs the weights of its boundary predictor"),
+            (["--option", "attention=dhsa", "--option", "predictor=gone.safetensors"], "no predictor at gone"),
             (["--weights", "w.safetensors"], "brings its own weights"),
         ],
     )
@@ -339,6 +341,11 @@ class TestFolder:
         result = edgekit.verify(llama, model=folder)
         assert result
         assert len(result.checks) == 4
+
+    def test_a_folder_of_another_kind(self, llama, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        with pytest.raises(InputError, match="holds no language model of gemma2, llama, qwen2, and small is one; pass"):
+            edgekit.verify(llama, model=tmp_path)
 
     def test_tokenizer_and_context(self, llama, folder):
         generation = llama.manifest.generation
@@ -390,6 +397,13 @@ class TestTokenizers:
         config = dataclasses.replace(bytes_decoder().config, bos=None, eos=(), pad=None)
         info = tokenizer_of("t", config, tmp_path)
         assert (info.add_bos, info.bos) == (adds, 1 if adds else None)
+
+    def test_the_first_token_may_end_a_text(self, tmp_path):
+        decoders.write_tokenizer(tmp_path / "tokenizer.json", 90)
+        first = next(iter(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": first}))
+        config = dataclasses.replace(bytes_decoder().config, bos=None, eos=(), pad=None)
+        assert tokenizer_of("t", config, tmp_path).eos == (0,)
 
 
 def test_a_module_that_is_no_decoder_is_exported_as_before(tmp_path):

@@ -376,6 +376,28 @@ def test_errors_of_calls(call, error, words):
         call(model)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"heads": "shared"}, {"share_boundaries": False}, {"kind": "block", "share_boundaries": False, "heads": "shared"}],
+    ids=["other heads", "other tables", "both"],
+)
+def test_a_cache_of_another_attention(other):
+    """Its keys and values would fit."""
+    cache = after(small(**other), 20)
+    mask = torch.ones(1, 21, dtype=torch.int64)
+    with pytest.raises(ShapeError, match="take a cache of a model with the same attention"):
+        small().decode(tokens(1, 1), mask, cache)
+    with pytest.raises(ShapeError, match=r"chunks of its tokens, \[1, 20\]; got 2, the first"):
+        small().prefill(tokens(1, 1), mask, cache)
+
+
+def test_a_cache_without_chunks():
+    model = small()
+    empty = model.empty_cache(1)
+    with pytest.raises(InputError, match=r"the cache has no chunks, .* begin with empty_cache"):
+        model.prefill(tokens(1, 3), torch.ones(1, 3, dtype=torch.int64), Cache(empty.keys, empty.values))
+
+
 def after(model, count):
     return model.prefill(tokens(1, count), torch.ones(1, count, dtype=torch.int64), model.empty_cache(1))[1]
 
@@ -393,6 +415,10 @@ def test_positions_go_with_dense_attention():
         ({"num_heads": 3}, InputError, "a multiple of num_kv_heads; got 3 and 2"),
         ({"head_dim": 7}, InputError, "head_dim must be even, for rotary positions; got 7"),
         ({"activation": "relu"}, InputError, "silu or gelu_pytorch_tanh; got 'relu'"),
+        ({"query_scale": 0.0}, InputError, "query_scale must be above 0; got 0.0"),
+        ({"rope_theta": -1.0}, InputError, "rope_theta must be above 0; got -1.0"),
+        ({"attention_softcap": -50.0}, InputError, "attention_softcap must be at least 0; got -50.0"),
+        ({"norm_eps": -1e-6}, InputError, "norm_eps must be at least 0; got -1e-06"),
         ({"sliding_window": -1}, InputError, "sliding_window must be at least 0"),
         ({"sliding_window": 0}, InputError, "need a sliding_window of at least 1; got 0"),
         ({"sliding_layers": (True,)}, InputError, "names each of the 2 layers; got 1 entries"),
@@ -441,6 +467,14 @@ def test_what_a_configuration_leaves_out():
         ({"hidden_size": None}, "has no hidden_size; take the config.json that belongs to the weights"),
         ({"hidden_size": "48"}, "hidden_size in the configuration must be a whole number; got '48'"),
         ({"num_attention_heads": 0}, "num_attention_heads in the configuration must be at least 1; got 0"),
+        ({"hidden_size": 0}, "hidden_size in the configuration must be at least 1; got 0"),
+        ({"head_dim": 0}, "head_dim in the configuration must be above 0; got 0"),
+        (
+            {"model_type": "gemma2", "query_pre_attn_scalar": -16},
+            "query_pre_attn_scalar in the configuration must be above 0; got -16",
+        ),
+        ({"rope_parameters": {**LLAMA3, "factor": 0.0}}, "by a factor of at least 1, .*; got factor 0, context 64"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "0 < low < high .* frequencies 4 and 4"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps in the configuration must be a number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings in the configuration must be true or false; got 1"),
         ({"eos_token_id": "</s>"}, "eos_token_id in the configuration must be a token id or a list of them"),

@@ -63,7 +63,7 @@ def test_nothing_later_is_read(model):
     changed = ids.clone()
     changed[0, 990] += 1
     # A boundary looks `window` tokens ahead and asks the neighbours within `nms_radius`; a block is chosen as a whole.
-    start = 990 // 64 * 64
+    start = 990 // BYTES.attention.block_size * BYTES.attention.block_size
     torch.testing.assert_close(model(ids)[:, :start], model(changed)[:, :start], atol=1e-5, rtol=1e-5)
     assert not torch.equal(model(ids)[:, 990:], model(changed)[:, 990:])
 
@@ -89,7 +89,7 @@ def test_a_larger_context(model):
     ("options", "error", "words"),
     [
         ({"attention": "sparse"}, InputError, "attention is one of dense, window, block, dhsa; got 'sparse'"),
-        ({"budget": 64}, InputError, "budget below 192"),
+        ({"budget": 64}, InputError, "budget below 128"),
         ({"budget": "512"}, InputError, "budget is a whole number, such as 2048; got '512'"),
         ({"block_size": 0}, InputError, "block_size of at least 1, got 0"),
         ({"block_size": True}, InputError, "block_size is a whole number"),

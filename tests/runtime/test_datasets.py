@@ -208,6 +208,13 @@ def test_npy_does_not_fit_a_model_of_two_inputs(tmp_path: Path) -> None:
         load(tmp_path / "data.npy", input_shapes={"a": (1, 2), "b": (1, 2)})
 
 
+def test_of_many_arrays_only_the_first_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **{f"a{index}": np.zeros(2) for index in range(9)})  # type: ignore[arg-type]
+    shapes = {f"past.{index}": ("N",) for index in range(30)}
+    with pytest.raises(InputError, match=r"\(past\.0, .*, past\.5 and 24 more\) .* got a0, .*, a5 and 3 more$"):
+        load_dataset(tmp_path / "x.npz", input_name="past.0", preprocessing=None, input_shapes=shapes, labels=None)
+
+
 def test_a_pickle_named_npy_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", np.array([print, {}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="pickled objects are refused because loading them can run code"):

@@ -345,6 +345,14 @@ def test_weights_that_do_not_fit_are_not_loaded(
     check_weights_fit("model", 10**12, None)
 
 
+@pytest.mark.parametrize(
+    ("smallest", "advice"), [(False, r"free memory, or export it with --precision int4"), (True, "free memory")]
+)
+def test_a_model_that_is_small_already_is_not_told_to_shrink(smallest: bool, advice: str) -> None:
+    with pytest.raises(InputError, match=rf"12\.0 MiB, and 1\.0 MiB are free; {advice}$"):
+        check_weights_fit("model", 12 * 2**20, 2**20, smallest=smallest)
+
+
 def test_free_memory_is_a_plausible_figure() -> None:
     free, total = system.free_memory_bytes(), system.this_machine().memory_bytes
     assert free is None or total is None or 0 < free <= total

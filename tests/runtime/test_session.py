@@ -522,6 +522,15 @@ def test_weights_elsewhere(tmp_path: Path, entries: dict[str, str], words: str, 
     assert "model.onnx keeps tensors in other files" in str(caught.value)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["*/_ORT_MEM_ADDR_/*", "*/_ORT_NATIVE_ENDIAN_MEM_ADDR_/*"])
+def test_an_address_in_memory_is_no_file(tmp_path: Path, name: str, packed: bool) -> None:
+    """onnxruntime's marks for tensors in memory are legal names of files, and the offset would be an address."""
+    bundle = weights_bundle(tmp_path / "t.edge", in_initializer(placed(location=name)), name=name)
+    with pytest.raises(BundleError, match="takes for an address in memory"):
+        load(bundle.pack() if packed else bundle.path)
+
+
 def test_a_location_given_twice(tmp_path: Path) -> None:
     tensor = placed()
     tensor.external_data.add(key="location", value="weights.bin")

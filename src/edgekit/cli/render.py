@@ -326,7 +326,8 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     in_words = (
         "" if not model.macs else f"{model.macs / 1e6:,.1f} M" if model.macs > 1e5 else f"{model.macs / 1e3:,.1f} k"
     )
-    macs = f", {in_words} MACs" if in_words else ""
+    per = " per token" if manifest.generation is not None else ""
+    macs = f", {in_words} MACs{per}" if in_words else ""
     origin = {"random": f"random, seed {weights.seed}", "file": f"from {weights.file}"}.get(
         weights.source, weights.source
     )
