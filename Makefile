@@ -34,6 +34,8 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.dynamicvis_cpu --models build/dynamicvis_cpu
 	@$(BIN)/python -m benchmarks.lighthgnn_cpu
 	@$(BIN)/python -m benchmarks.lighthgnn_accuracy
+	@$(BIN)/python -m benchmarks.dhsa_cpu
+	@$(BIN)/python -m benchmarks.dhsa_quality
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
