@@ -24,7 +24,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ SELECTION, SPARSE_OP, ALL_BLOCKS = "selection", "sparse op", "all blocks"
 EAGER, GQA, SDPA, FLEX = "eager", "GroupQueryAttention", "torch SDPA (no softcap)", "flex_attention"
 GRAPHS = {DHSA: "sparse", ALL_BLOCKS: "all blocks", EAGER: "eager"}
 RIVALS = (EAGER, GQA, SDPA, FLEX, ALL_BLOCKS)
+LAYERS: tuple[Layer, ...] = ("global", "sliding")
+LEFT_OUT: set[str] = set()  # subjects that this run does without
 SCORE_MATRICES = {EAGER: 3, GQA: 1}  # alive at once, at least, where rivals have them
 
 
@@ -83,8 +85,8 @@ class Row:
         """Time the subjects in turns, and note the speed-ups of the pairs (ours, rival); keeps what is known."""
         short = self.length <= 4096
         series = take_turns(runs, rounds=ROUNDS.get(self.length, 5), settling_runs=int(short))
-        medians = {name: float(f"{median(turns):.4g}") for name, turns in series.items()}
-        self.p50_ms = medians | self.p50_ms
+        for name, turns in series.items():
+            self.p50_ms.setdefault(name, float(f"{median(turns):.4g}"))
         self.speedups |= {f"{ours} over {rival}": speedup(series[rival], series[ours]) for ours, rival in compared}
         return self
 
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, help="turns of each subject")
+    parser.add_argument("--without", default="", help="subjects to leave out, separated by commas")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the child process of the memory part
     options = parser.parse_args(arguments)
     custom_ops.register()
@@ -102,6 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.memory_of:
         print(json.dumps(_memory_child(options.memory_of, options.threads)))
         return 0
+    LEFT_OUT.update(options.without.split(","))
+    if options.rounds:
+        ROUNDS.update(dict.fromkeys(LENGTHS, options.rounds))
     title, facts = heading()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
@@ -147,13 +154,14 @@ def _kernel(length: int, threads: int, folder: Path) -> list[Row]:
     return [row]
 
 
-def _attention(length: int, threads: int, folder: Path) -> list[Row]:
+def _attention(length: int, threads: int, folder: Path) -> Iterator[Row]:
     del folder
     inputs = subjects_of.attention_inputs(length)
     predict = subjects_of.run_graph("predict", "global", {"k": inputs["k"]}, threads)
     ids = predict()
     assert isinstance(ids, torch.Tensor)
-    return [_attention_case(layer, inputs, ids, predict, threads) for layer in ("global", "sliding")]
+    for layer in LAYERS:
+        yield _attention_case(layer, inputs, ids, predict, threads)
 
 
 def _attention_case(layer: Layer, inputs: Tensors, ids: torch.Tensor, predict: Subject, threads: int) -> Row:
@@ -171,6 +179,9 @@ def _attention_case(layer: Layer, inputs: Tensors, ids: torch.Tensor, predict: S
             subjects_of.op_model(inputs, index, layer), {**inputs, "block_index": index}, threads, native=True
         ),
     }
+    if PORTABLE in LEFT_OUT:
+        del runs[PORTABLE]
+        row.unavailable[PORTABLE] = "left out of this run"
     expected = subjects_of.truth(inputs, layer, index=index)
     for name, run in runs.items():
         row.check(name, _some(run), expected)
@@ -178,7 +189,7 @@ def _attention_case(layer: Layer, inputs: Tensors, ids: torch.Tensor, predict: S
     for name in RIVALS:
         if name not in SCORE_MATRICES and (run := _checked_rival(row, name, inputs, layer)):
             runs[name] = run
-    row.time(runs, [(DHSA, name) for name in RIVALS if name in runs] + [(DHSA, PORTABLE)])
+    row.time(runs, [(DHSA, name) for name in (*RIVALS, PORTABLE) if name in runs])
     # Rivals with matrices of scores take turns with ours alone, one after the other: they do not fit side by side.
     for name in SCORE_MATRICES:
         if run := _checked_rival(row, name, inputs, layer):
@@ -189,7 +200,7 @@ def _attention_case(layer: Layer, inputs: Tensors, ids: torch.Tensor, predict: S
 
 def _checked_rival(row: Row, name: str, inputs: Tensors, layer: Layer) -> Subject | None:
     """A dense rival whose answers are right; None, with a note, where it does not run here."""
-    if reason := _too_large(name, row.length):
+    if reason := "left out of this run" if name in LEFT_OUT else _too_large(name, row.length):
         row.unavailable[name] = reason
         return None
     try:
@@ -321,7 +332,7 @@ def _memory_child(task: str, threads: int) -> int:
     return peak.bytes
 
 
-PARTS: dict[str, Callable[[int, int, Path], list[Row]]] = {
+PARTS: dict[str, Callable[[int, int, Path], Iterable[Row]]] = {
     "kernel": _kernel,
     "attention": _attention,
     "prefill": _prefill,
