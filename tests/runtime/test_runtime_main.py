@@ -244,7 +244,12 @@ def test_help(words: list[str]) -> None:
 
 def test_an_interrupt_has_code_130(tiny_bundle: Bundle) -> None:
     words = [sys.executable, "-m", "edgekit.runtime", "profile", str(tiny_bundle.path), "--runs", "100000000"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell without job control lets its background processes ignore interrupts, and their children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(subprocess.TimeoutExpired):
         process.communicate(timeout=4)  # it is measuring by now
     process.send_signal(signal.SIGINT)
