@@ -139,9 +139,18 @@ def onnx_attention(inputs: Tensors, threads: int) -> Subject:
     return onnxruntime_run(model, {name: inputs[name] for name in names}, threads, native=False)
 
 
-def group_query_attention(inputs: Tensors, threads: int) -> Subject:
-    """onnxruntime's GroupQueryAttention, dense and causal; heads are packed and unpacked outside of the timing."""
-    length = inputs["q"].shape[2]
+def group_query_attention(
+    inputs: Tensors, threads: int, *, scale: float | None = None, softcap: float = 0.0, window: int = 0
+) -> Subject:
+    """onnxruntime's GroupQueryAttention, causal; heads are packed and unpacked outside of the timing.
+
+    Args:
+        inputs: q `[1, Hq, N, D]`, k and v `[1, Hkv, N, D]`.
+        threads: of the session.
+        scale: factor of the scores; None for D^-0.5.
+        softcap, window: 0 for none.
+    """
+    _, heads, length, dim = inputs["q"].shape
     packed = {name: inputs[name].transpose(1, 2).reshape(1, length, -1).contiguous() for name in "qkv"}
     feeds = {
         **packed,
@@ -159,8 +168,11 @@ def group_query_attention(inputs: Tensors, threads: int) -> Subject:
         ["q", "k", "v", "", "", "seqlens_k", "total"],
         ["out", "present_key", "present_value"],
         domain="com.microsoft",
-        num_heads=HEADS,
-        kv_num_heads=HEADS,
+        num_heads=heads,
+        kv_num_heads=inputs["k"].shape[1],
+        scale=dim**-0.5 if scale is None else scale,
+        softcap=softcap,
+        local_window_size=window or -1,
     )
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
     model = helper.make_model(
@@ -169,7 +181,7 @@ def group_query_attention(inputs: Tensors, threads: int) -> Subject:
         ir_version=10,
     )
     run = onnxruntime_run(model, feeds, threads, native=False)
-    return lambda: run().unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+    return lambda: run().unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
 def flex_attention_run(inputs: Tensors) -> Subject:

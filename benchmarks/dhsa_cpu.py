@@ -33,9 +33,9 @@ import onnx
 import torch
 
 from benchmarks import dhsa_subjects as subjects_of
-from benchmarks.custom_ops_subjects import PEAK_SIZE, matmul, onnxruntime_run
+from benchmarks.custom_ops_subjects import PEAK_SIZE, group_query_attention, matmul, onnxruntime_run
 from benchmarks.dhsa_report import write
-from benchmarks.dhsa_subjects import DIM, HEADS, SOFTCAP, Layer, Tensors
+from benchmarks.dhsa_subjects import DIM, HEADS, SCALE, SOFTCAP, WINDOWS, Layer, Tensors
 from benchmarks.onnx_cpu import earlier_rows, heading
 from benchmarks.turns import Subject, median, speedup, take_turns
 from edgekit import custom_ops
@@ -216,7 +216,7 @@ def _checked_rival(row: Row, name: str, inputs: Tensors, layer: Layer) -> Subjec
 def _rival(name: str, inputs: Tensors, layer: Layer, threads: int) -> Subject:
     makes: dict[str, Callable[[], Subject]] = {
         EAGER: lambda: subjects_of.run_graph("eager", layer, inputs, threads),
-        GQA: lambda: subjects_of.group_query_attention(inputs, threads, layer),
+        GQA: lambda: group_query_attention(inputs, threads, scale=SCALE, softcap=SOFTCAP, window=WINDOWS[layer]),
         SDPA: lambda: subjects_of.torch_sdpa(inputs, layer),
         FLEX: lambda: subjects_of.flex_attention(inputs, layer),
         ALL_BLOCKS: lambda: subjects_of.run_graph("all blocks", layer, inputs, threads),

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from torch import nn
 
 from benchmarks.custom_ops_subjects import (
@@ -214,42 +213,6 @@ def run_graph(
     """One of the graphs in onnxruntime; from `file` where exporting it would disturb what is measured."""
     model = graph(name, layer) if file is None else onnx.load(file)
     return onnxruntime_run(model, inputs, threads, native=native)
-
-
-def group_query_attention(inputs: Tensors, threads: int, layer: Layer) -> Subject:
-    """onnxruntime's GroupQueryAttention with softcap and window; heads are packed and unpacked outside the timing."""
-    length = inputs["q"].shape[2]
-    packed = {name: inputs[name].transpose(1, 2).reshape(1, length, -1).contiguous() for name in "qkv"}
-    feeds = {
-        **packed,
-        "seqlens_k": torch.full((1,), length - 1, dtype=torch.int32),
-        "total": torch.tensor(length, dtype=torch.int32),
-    }
-    values = [
-        helper.make_tensor_value_info(
-            name, TensorProto.INT32 if tensor.dtype == torch.int32 else TensorProto.FLOAT, tensor.shape
-        )
-        for name, tensor in feeds.items()
-    ]
-    node = helper.make_node(
-        "GroupQueryAttention",
-        ["q", "k", "v", "", "", "seqlens_k", "total"],
-        ["out", "present_key", "present_value"],
-        domain="com.microsoft",
-        num_heads=HEADS,
-        kv_num_heads=KEY_HEADS,
-        scale=SCALE,
-        softcap=SOFTCAP,
-        local_window_size=WINDOWS[layer] or -1,
-    )
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
-    model = helper.make_model(
-        helper.make_graph([node], "attention", values, outputs),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)],
-        ir_version=10,
-    )
-    run = onnxruntime_run(model, feeds, threads, native=False)
-    return lambda: run().unflatten(-1, (HEADS, DIM)).transpose(1, 2)  # type: ignore[attr-defined]
 
 
 def torch_sdpa(inputs: Tensors, layer: Layer) -> Subject:
