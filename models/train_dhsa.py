@@ -40,6 +40,7 @@ from edgekit.models.registry import create_model
 from edgekit.models.selection_loss import selection_loss
 from edgekit.models.train_boundaries import BoundaryTraining, train_boundaries
 from edgekit.models.training import reproducible
+from edgekit.models.training_checkpoint import load_checkpoint, save_checkpoint
 from edgekit.models.weights import state_dict_sha256
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 NAME = "dhsa_bytes"
 SEPARATOR = b"\n\n\n"  # between documents
 SPACING = 9000  # bytes between the passages on which bits per byte are measured
+CHECKPOINT = f"{NAME}.checkpoint.pt"
+CHECKPOINT_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -167,13 +170,26 @@ def training_batch(
     return ids, kinds
 
 
-def train(recipe: Recipe, log: Callable[[str], None] = print) -> Training:
-    """Train `dhsa_bytes` from its initialisation: all weights with dense attention, then the boundary predictor."""
+def train(recipe: Recipe, log: Callable[[str], None] = print, *, checkpoint: Path | None = None) -> Training:
+    """Train `dhsa_bytes` from its initialisation: all weights with dense attention, then the boundary predictor.
+
+    Args:
+        recipe: all hyper-parameters.
+        log: takes a line now and then.
+        checkpoint: a file for the state of the training with dense attention, written now and then; where it exists,
+            the training goes on from it. None writes none. It is left where it is.
+
+    Raises:
+        InputError: a checkpoint that is damaged, or of another recipe.
+    """
     started = time.perf_counter()
     with reproducible(recipe.threads, recipe.seed):
         dense = _built("dense")
-        train_base(dense, recipe, log)
-        return finish(dense, recipe, started, log)
+        done = train_base(dense, recipe, log, checkpoint)
+        training = finish(dense, recipe, started, log)
+    if done:
+        training.report["resumed_after_step"] = done  # `seconds` counts from there
+    return training
 
 
 def finish(dense: Decoder, recipe: Recipe, started: float, log: Callable[[str], None] = print) -> Training:
@@ -258,8 +274,14 @@ def save(training: Training, directory: Path) -> Path:
     return path
 
 
-def train_base(decoder: Decoder, recipe: Recipe, log: Callable[[str], None] = print) -> None:
-    """Train all of `decoder` but its boundary predictor, in place; it must attend densely (`attention="dense"`)."""
+def train_base(
+    decoder: Decoder, recipe: Recipe, log: Callable[[str], None] = print, checkpoint: Path | None = None
+) -> int:
+    """Train all of `decoder` but its boundary predictor, in place; it must attend densely (`attention="dense"`).
+
+    `log` and `checkpoint` as for `train`. Each step draws its data from a generator of its own, so that a training that
+    goes on from a checkpoint is the one that was interrupted. Gives the steps that a checkpoint has spared.
+    """
     text = corpus_text("train")
     matrices, others = _initialise(decoder, recipe)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
@@ -271,8 +293,15 @@ def train_base(decoder: Decoder, recipe: Recipe, log: Callable[[str], None] = pr
     ]
     progress, step, started = Progress(), 0, time.perf_counter()
     total = sum(phase.steps for phase in recipe.phases)
+    every = [optimizer for optimizer, _ in optimizers]
+    done = load_checkpoint(checkpoint, decoder, every, asdict(recipe)) if checkpoint is not None else 0
+    if done:
+        log(f"going on after step {done}, from {checkpoint}")
     for phase in recipe.phases:
         for index in range(phase.steps):
+            if step < done:
+                step += 1
+                continue
             generator = np.random.default_rng([recipe.seed, step])
             lengths = phase.lengths
             length = lengths[0] if len(lengths) == 1 else int(generator.choice(lengths))
@@ -286,14 +315,17 @@ def train_base(decoder: Decoder, recipe: Recipe, log: Callable[[str], None] = pr
             losses = training_losses(decoder, torch.from_numpy(ids), torch.from_numpy(kinds), phase.selection)
             torch.autograd.backward(losses.text + losses.answers + phase.selection * losses.selection)
             torch.nn.utils.clip_grad_norm_(others, 1.0)
-            for optimizer, _ in optimizers:
+            for optimizer in every:
                 optimizer.step()
             step += 1
+            if checkpoint is not None and (step % CHECKPOINT_STEPS == 0 or step == total):
+                save_checkpoint(checkpoint, step, decoder, every, asdict(recipe))
             progress.text_bits.append(float(losses.text.detach()) / math.log(2))
             progress.answer_nats.append(float(losses.answers.detach()))
             if step % 50 == 0 or step == total:
                 log(f"step {step}/{total}: {progress.line()}, {time.perf_counter() - started:.0f} s")
     decoder.eval()
+    return done
 
 
 def training_losses(decoder: Decoder, ids: torch.Tensor, kinds: torch.Tensor, selection: float = 0.0) -> Losses:
@@ -396,8 +428,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=shipped, metavar="DIR")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     options = parser.parse_args(arguments)
-    training = train(Recipe(seed=options.seed), log=lambda line: print(line, flush=True))
+    checkpoint = options.out / CHECKPOINT
+    training = train(Recipe(seed=options.seed), log=lambda line: print(line, flush=True), checkpoint=checkpoint)
     path = save(training, options.out)
+    checkpoint.unlink(missing_ok=True)
     print(f"wrote {path} and {path.with_suffix('.json').name}")
 
 

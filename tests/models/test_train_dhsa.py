@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgekit.errors import InputError
 from edgekit.models import create_model, needles
 from edgekit.models.corpus import PARTS, load_corpus
 from edgekit.models.decoder import Decoder
@@ -18,6 +19,7 @@ from edgekit.models.dhsa_recipe import PHASES, Phase, Recipe
 from edgekit.models.selection_loss import selection_loss
 from edgekit.models.sparse_attention import SparseAttention
 from edgekit.models.train_dhsa import (
+    CHECKPOINT_STEPS,
     BlockedAttention,
     bits_per_byte,
     corpus_text,
@@ -220,3 +222,51 @@ def test_shipped_model_reads_text(shipped, report):
     }
     if same_text:  # another Python version has other docstrings
         assert measured == pytest.approx(report["dense"]["bits_per_byte"]["1024"], abs=1e-3)
+
+
+class StoppedError(Exception):
+    """Stands for whatever stops a training."""
+
+
+@pytest.fixture
+def long_recipe():
+    return replace(Recipe(), phases=(replace(SHORT, steps=CHECKPOINT_STEPS + 3, lengths=(64,), tokens=64),), warmup=2)
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, long_recipe):
+    checkpoint = tmp_path / "folder" / "state.pt"
+    whole, parted, again = tiny(), tiny(), tiny()
+    with reproducible(1, 0):
+        train_base(whole, long_recipe, log=lambda line: None)
+    calls = []
+
+    def stop(line):
+        calls.append(line)
+        if len(calls) == CHECKPOINT_STEPS // 50:
+            raise StoppedError
+
+    with reproducible(1, 0), pytest.raises(StoppedError):
+        train_base(parted, long_recipe, stop, checkpoint)
+    lines = []
+    with reproducible(1, 7):  # other first weights, which the checkpoint replaces
+        assert train_base(again, long_recipe, lines.append, checkpoint) == CHECKPOINT_STEPS
+    assert f"after step {CHECKPOINT_STEPS}" in lines[0]
+    assert state_dict_sha256(again) == state_dict_sha256(whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"], ids=["empty", "text", "truncated zip"])
+def test_a_damaged_checkpoint_is_named_with_its_mend(tmp_path, long_recipe, content):
+    path = tmp_path / "state.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"state\.pt is no checkpoint .*; delete .*state\.pt to begin anew"):
+        train_base(tiny(), long_recipe, lambda line: None, path)
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    recipe = replace(Recipe(), phases=(replace(SHORT, steps=1, lengths=(64,), tokens=64),))
+    with reproducible(1, 0):
+        train_base(tiny(), recipe, lambda line: None, path)
+    with pytest.raises(InputError, match="another seed or recipe; delete"):
+        train_base(tiny(), replace(recipe, seed=1), lambda line: None, path)

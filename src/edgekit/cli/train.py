@@ -111,16 +111,20 @@ def dhsa_bytes(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for weights and report.")] = Path("out"),
     as_json: Json = False,
 ) -> None:
-    """Train the language model of bytes that ships with weights, on Python's own docs: about an hour of one core."""
+    """Train the language model of bytes that ships with weights, on Python's own docs: about an hour of one core.
+
+    What was interrupted goes on from its checkpoint in the same folder.
+    """
     from edgekit.models.dhsa_recipe import Recipe
-    from edgekit.models.train_dhsa import NAME, save, train
+    from edgekit.models.train_dhsa import CHECKPOINT, NAME, save, train
 
     if threads < 1:
         raise InputError(f"threads must be at least 1; got {threads}")
     output = Output(as_json=as_json)
     with output.steps("train") as step:
-        training = train(replace(Recipe(), seed=seed, threads=threads), step)
+        training = train(replace(Recipe(), seed=seed, threads=threads), step, checkpoint=out / CHECKPOINT)
         path = save(training, out)
+        (out / CHECKPOINT).unlink(missing_ok=True)
     figures = training.report["dense"]
     rows = [
         (name, length, f"{value['found']:.0%}" if isinstance(value, dict) else f"{value:.3f}")
