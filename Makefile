@@ -36,6 +36,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.lighthgnn_accuracy
 	@$(BIN)/python -m benchmarks.dhsa_cpu
 	@$(BIN)/python -m benchmarks.dhsa_quality
+	@$(BIN)/python -m benchmarks.coreml_accuracy
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -38,7 +38,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
         for model in MODELS:
-            for precision in PRECISIONS:
+            for precision in PRECISIONS["onnx"]:
                 print(f"{model} {precision}", file=sys.stderr, flush=True)
                 refused = False
                 try:

@@ -8,6 +8,8 @@ float32   24 bits: about 3e-7 for softmax and sums, more for a recurrence, whose
 float16   computed in float32 and rounded once: at most 2^-11 per entry.
 bfloat16  the same with 2^-8 per entry.
 native    and tvm: the exponential is a polynomial, results below 2^-64 are 0.
+coreml    float16 is a program in half precision, where every op rounds what it gives, scores and sums included; but
+          SelectiveScan, which computes in float32 and rounds once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import numpy as np
 
 from edgekit.errors import UnknownNameError
 
-BACKENDS = ("reference", "eager", "portable", "native", "tvm")
+BACKENDS = ("reference", "eager", "portable", "native", "tvm", "coreml")
 
 _EXACT = {"float64": 1e-12, "float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
 _POLYNOMIAL = _EXACT | {"float32": 2e-6}
 _RECURRENT = _EXACT | {"float64": 1e-11, "float32": 5e-6}
+_ROUNDED = _EXACT | {"float16": 2e-3}
 
 REL_L2: dict[str, dict[str, dict[str, float]]] = {
     "BlockSparseAttention": {
@@ -31,8 +34,9 @@ REL_L2: dict[str, dict[str, dict[str, float]]] = {
         "portable": _EXACT,
         "native": _POLYNOMIAL,
         "tvm": _POLYNOMIAL,
+        "coreml": _ROUNDED,
     },
-    "KernelLinearAttention": dict.fromkeys(BACKENDS, _EXACT),
+    "KernelLinearAttention": dict.fromkeys(BACKENDS, _EXACT) | {"coreml": _ROUNDED},
     "SelectiveScan": dict.fromkeys(BACKENDS, _RECURRENT),
 }
 """op -> backend -> dtype -> the largest relative L2 error that passes."""

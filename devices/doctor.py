@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Status = Literal["ok", "missing", "wrong"]
-Group = Literal["runtime", "command line", "export to onnx", "Hugging Face", "text", "training", "kernels"]
+Group = Literal[
+    "runtime", "command line", "export to onnx", "Hugging Face", "text", "training", "kernels", "export to coreml"
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ PARTS = (
     Part("scikit-learn", "sklearn", "training", "the data sets of the examples", "train"),
     Part("apache-tvm", "tvm", "kernels", "compiling kernels and whole models", "tvm"),
     Part("apache-tvm-ffi", "tvm_ffi", "kernels", "the same", "tvm"),
+    Part("coremltools", "coremltools", "export to coreml", "writing, reading and checking packages", "coreml"),
 )
 NATIVE_KERNELS = "native kernels"
 _FAST = "running custom ops fast"

@@ -9,39 +9,31 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
-from edgekit import models
 from edgekit.errors import ExportError, InputError, UnknownNameError
 from edgekit.export import TARGETS
 from edgekit.export import onnx as onnx_target
-from edgekit.export.bundling import add_kernels, metadata_of, tools, with_figures
-from edgekit.export.calling import output_names, tensor_leaves
+from edgekit.export.bundling import add_kernels, metadata_of, tools
+from edgekit.export.coreml_options import CoreMLOptions, coreml_options
 from edgekit.export.cost import measure_cost
 from edgekit.export.custom_ops import custom_ops
 from edgekit.export.data import load_calibration
 from edgekit.export.language_model import LanguagePlan, export_language_model, is_language_model, refuse_options
 from edgekit.export.plan import Plan, make_plan
 from edgekit.export.samples import batch_size, first_items, record_answers, samples_of
-from edgekit.export.shapes import InputShape
-from edgekit.export.source import LoadedModel, load_model
-from edgekit.export.verification import check_other_sizes, why_refused
+from edgekit.export.source import load_model
+from edgekit.export.steps import compare_with_torch, manifest_of, recorded_tolerance, trace, with_check
 from edgekit.kernels.build import ARCH_NAMES
-from edgekit.models.registry import ImageInput
 from edgekit.runtime.bundle import SAMPLES, Bundle, BundleWriter, Samples, bundle_stem
 from edgekit.runtime.datasets import Dataset
-from edgekit.runtime.manifest import Manifest, TensorSpec
+from edgekit.runtime.manifest import Manifest
 from edgekit.runtime.preprocess import ImagePreprocessing
-from edgekit.runtime.session import load
-from edgekit.runtime.tolerances import PRECISIONS
-from edgekit.runtime.verification import Check, tolerance_for, verify_samples
-
-if TYPE_CHECKING:
-    from edgekit.export.tvm import TvmExport
+from edgekit.runtime.tolerances import check_precision, default_precision
+from edgekit.runtime.verification import Check
 
 
 def export_model(
@@ -49,7 +41,7 @@ def export_model(
     target: str,
     out: Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     shapes: str | Sequence[str] | None = None,
     weights: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -63,24 +55,34 @@ def export_model(
     arch: str | None = None,
     tune: int = 0,
     kernels: Sequence[str] | None = None,
+    deployment_target: str | None = None,
+    layout: str = "standard",
+    input_kind: str | None = None,
     progress: Callable[[str], None] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Bundle:
     """See `edgekit.export`."""
     if target not in TARGETS:
         raise UnknownNameError("target", target, TARGETS)
-    if precision not in PRECISIONS:
-        raise UnknownNameError("precision", precision, PRECISIONS)
-    if calibration is not None and precision != "int8":
-        raise InputError(f"calibration data is for --precision int8; this export is {precision}")
+    if precision is None:
+        precision = default_precision(target)
+    check_precision(target, precision)
+    if calibration is not None and (precision != "int8" or target != "onnx"):
+        raise InputError(f"calibration data is for onnx in int8; this export is {precision} to {target}")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
             f"a bundle's name has letters, digits, '.', '_' and '-' and starts with one of the first two; got {name!r}"
         )
     if target == "tvm":
-        _check_tvm_options(precision, opset, tune)
+        _check_tvm_options(opset, tune)
     elif arch is not None or tune:
         raise InputError(f"arch and tune are for the target tvm; this export is to {target}")
+    coreml = None
+    if target == "coreml":
+        _check_coreml_options(opset, kernels)
+        coreml = coreml_options(precision, deployment_target, layout, input_kind)
+    elif deployment_target is not None or layout != "standard" or input_kind is not None:
+        raise InputError(f"deployment target, layout and input are for the target coreml; this export is to {target}")
     for each in (*(kernels or ()), *((arch,) if arch is not None else ())):
         if each not in ARCH_NAMES:
             raise UnknownNameError("kernel arch", each, ARCH_NAMES)
@@ -91,6 +93,12 @@ def export_model(
     if name is not None:
         loaded = replace(loaded, name=name)
     destination = out / f"{bundle_stem(loaded.name, target, precision)}.edge"
+    given: dict[str, object | None] = {
+        "--shape": shapes,
+        "--calibration": calibration,
+        "--labels": labels,
+        "--preprocessing": preprocessing,
+    }
     if is_language_model(loaded):
         return _export_language(
             LanguagePlan(
@@ -98,14 +106,15 @@ def export_model(
             ),
             target,
             destination,
-            {"--shape": shapes, "--calibration": calibration, "--labels": labels, "--preprocessing": preprocessing},
+            given,
+            coreml,
         )
-    if precision == "int4":
+    if precision == "int4" and target == "onnx":
         raise InputError(f"int4 is for language models, and {loaded.name} is none; choose fp16 or int8")
     plan = make_plan(loaded, shapes, labels, preprocessing, opset, seed, check, tolerance, step)
     plan = replace(plan, kernels=tuple(kernels) if kernels is not None else None)
     data = None
-    if precision == "int8":
+    if precision == "int8" and target == "onnx":
         step("read calibration data")
         data = load_calibration(
             calibration, plan.shapes, plan.preprocessing, loaded.entry, loaded.options, batch=batch_size(plan)
@@ -113,6 +122,10 @@ def export_model(
     try:
         if target == "tvm":
             return _export_tvm(plan, destination, arch, tune)
+        if coreml is not None:
+            from edgekit.export.coreml_bundle import export_coreml
+
+            return export_coreml(plan, coreml, destination)
         if precision == "fp32":
             return _export_fp32(plan, destination)
         return _export_reduced(plan, destination, precision, data)
@@ -120,7 +133,24 @@ def export_model(
         raise ExportError(f"writing {destination} failed: {error.strerror or error}; nothing was left there") from error
 
 
-def _export_language(plan: LanguagePlan, target: str, destination: Path, given: dict[str, object | None]) -> Bundle:
+def _check_coreml_options(opset: int | None, kernels: Sequence[str] | None) -> None:
+    if opset is not None:
+        raise InputError("a coreml bundle has no opset; its deployment target says which ops it may use")
+    if kernels is not None:
+        raise InputError("a coreml bundle holds no kernels of edgekit's: its ops are Core ML's own; leave kernels out")
+
+
+def _export_language(
+    plan: LanguagePlan,
+    target: str,
+    destination: Path,
+    given: dict[str, object | None],
+    coreml: CoreMLOptions | None,
+) -> Bundle:
+    if coreml is not None:
+        from edgekit.export.coreml_bundle import export_language
+
+        return export_language(plan, coreml, destination, given)
     refuse_options(plan.loaded, target, plan.precision, given)
     try:
         return export_language_model(plan, destination)
@@ -133,22 +163,14 @@ def _export_fp32(plan: Plan, destination: Path) -> Bundle:
         started = time.perf_counter()
         exported, names = _convert(plan)
         samples = samples_of(plan, names)
-        manifest = _manifest(plan, exported, "fp32", None)
+        manifest = manifest_of(plan, exported, "fp32", None)
         graph = onnx_target.finalize(exported.model, metadata=metadata_of(plan.loaded, "fp32"))
         bundle, check = _write(writer, plan, manifest, graph, samples)
         report = {"export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)}}
-        return writer.finish(_with_figures(bundle.manifest, check, _tolerance(plan, "fp32")), report)
+        return writer.finish(with_check(bundle.manifest, check, recorded_tolerance(plan, "fp32", "onnx")), report)
 
 
-def _tolerance(plan: Plan, precision: str) -> float | None:
-    """The tolerance to record: the caller's, or the zoo's for a model that is sensitive to rounding by itself."""
-    entry = plan.loaded.entry
-    return entry.tolerance if plan.tolerance is None and entry is not None and precision == "fp32" else plan.tolerance
-
-
-def _check_tvm_options(precision: str, opset: int | None, tune: int) -> None:
-    if precision != "fp32":
-        raise InputError(f"the target tvm computes in fp32; for {precision}, export to onnx")
+def _check_tvm_options(opset: int | None, tune: int) -> None:
     if opset is not None:
         raise InputError("a tvm bundle has no opset; leave it out")
     if not isinstance(tune, int) or tune < 0:
@@ -164,13 +186,13 @@ def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int)
         raise InputError(f"tuning measures on this machine, which is no {arch.name}; leave tune out")
     with BundleWriter(destination) as writer:
         started = time.perf_counter()
-        program, shapes, names = _trace(plan)
+        program, shapes, names = trace(plan)
         plan.step("convert to TVM")
         exported = tvm_target.convert(program, shapes, names=names, arch=arch, tune=tune, step=plan.step)
         samples = samples_of(plan, names)
         versions = tools() | tvm_target.tools()
         manifest = replace(
-            _manifest(plan, exported, "fp32", None),
+            manifest_of(plan, exported, "fp32", None),
             target="tvm",
             ops=exported.ops,
             custom_ops=exported.custom_ops,
@@ -184,8 +206,8 @@ def _export_tvm(plan: Plan, destination: Path, arch_name: str | None, tune: int)
         add_kernels(writer, plan.loaded.name, archs, manifest.custom_ops, step=plan.step)
         bundle, check = writer.preview(manifest), None
         if plan.check and runs_here:
-            check = _compare(plan, bundle, "tvm")
-        manifest = _with_figures(bundle.manifest, check, _tolerance(plan, "fp32"))
+            check = compare_with_torch(plan, bundle, "tvm")
+        manifest = with_check(bundle.manifest, check, recorded_tolerance(plan, "fp32", "tvm"))
         if plan.check and not runs_here:
             reason = f"compiled for {arch.name}, which this machine is not; verify the bundle on its device"
             plan.step(f"not checked: {reason}")
@@ -227,97 +249,13 @@ def _export_reduced(plan: Plan, destination: Path, precision: str, data: Dataset
             "export": {"seconds": round(time.perf_counter() - started, 3), "nodes": len(graph.graph.node)},
             "precision": cost,
         }
-        return writer.finish(_with_figures(bundle.manifest, check, plan.tolerance), report)
-
-
-def _trace(plan: Plan) -> tuple[torch.export.ExportedProgram, list[InputShape], list[str]]:
-    """The traced program, the shapes of its inputs in its order, and the names of its outputs."""
-    tensors = onnx_target.example_inputs(plan.shapes, seed=plan.seed)
-    names = _check_answers(plan.loaded, tensors)
-    order = plan.loaded.bind(tensors)[2]
-    if plan.loaded.entry is not None and names == ["output"]:
-        names = ["logits"]
-    by_name = {shape.name: shape for shape in plan.shapes}
-    if plan.loaded.program is not None:
-        program = plan.loaded.program
-    else:
-        plan.step("fuse and trace")
-        program = onnx_target.trace(models.fuse(plan.loaded.module), plan.shapes, seed=plan.seed)
-    return program, [by_name[key] for key in order], names
+        return writer.finish(with_check(bundle.manifest, check, plan.tolerance), report)
 
 
 def _convert(plan: Plan) -> tuple[onnx_target.OnnxExport, list[str]]:
-    program, shapes, names = _trace(plan)
+    program, shapes, names = trace(plan)
     plan.step("convert to ONNX")
     return onnx_target.convert(program, shapes, names=names, opset=plan.opset), names
-
-
-def _check_answers(loaded: LoadedModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the outputs. Raises `ExportError` where the model is no function of its inputs alone."""
-    given = {name: tensor.clone() for name, tensor in tensors.items()}
-    state = {name: buffer.clone() for name, buffer in loaded.module.named_buffers()}
-    outputs = loaded.call(tensors)
-    names = output_names(outputs, tensors)
-    answers = [leaf.clone() for leaf in tensor_leaves(outputs)]
-    if changed := [name for name, tensor in tensors.items() if not _equal(tensor, given[name])]:
-        raise ExportError(f"{loaded.name} changes its input {changed[0]!r} in place; let forward work on a copy of it")
-    if changed := [name for name, buffer in loaded.module.named_buffers() if not _equal(buffer, state[name])]:
-        raise ExportError(
-            f"{loaded.name} changes its buffer {changed[0]!r} when it runs; a bundle keeps no state between runs: make "
-            "it an input and an output"
-        )
-    if not all(map(_equal, answers, tensor_leaves(loaded.call(tensors)))):
-        raise ExportError(
-            f"{loaded.name} answers the same input differently each time, so that nothing can be compared; take the "
-            "random numbers out of forward, or make them an input"
-        )
-    return names
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return np.array_equal(a.cpu().numpy(), b.cpu().numpy(), equal_nan=a.is_floating_point())
-
-
-def _manifest(
-    plan: Plan, exported: onnx_target.OnnxExport | TvmExport, precision: str, calibration: str | None
-) -> Manifest:
-    inputs = list(exported.inputs)
-    labels = _fitting_labels(plan, exported.outputs)
-    if plan.preprocessing is not None:
-        inputs[0] = replace(inputs[0], preprocessing=plan.preprocessing)
-    return Manifest(
-        name=plan.loaded.name,
-        model=plan.loaded.info(_macs(plan)),
-        target="onnx",
-        precision=precision,
-        inputs=tuple(inputs),
-        outputs=exported.outputs,
-        dims={key: limits for shape in plan.shapes for key, limits in shape.ranges.items()},
-        labels=labels,
-        tools=tools(),
-        calibration=calibration,
-    )
-
-
-def _macs(plan: Plan) -> int | None:
-    """The registry's figure where it holds: for one image of the zoo's size, or for a fixed number of rows."""
-    entry, dims = plan.loaded.entry, plan.shapes[0].dims
-    if entry is None or entry.changed(plan.loaded.options):
-        return None
-    if isinstance(entry.input, ImageInput):
-        return entry.macs if dims[2:] == (entry.input.size, entry.input.size) else None
-    return entry.macs * dims[0] if isinstance(dims[0], int) else None
-
-
-def _fitting_labels(plan: Plan, outputs: Sequence[TensorSpec]) -> tuple[str, ...] | None:
-    """The labels, checked against the outputs; those of the zoo fall away where an option leaves no class scores."""
-    labels = plan.labels
-    classes = [spec.shape[-1] for spec in outputs if len(spec.shape) == 2 and isinstance(spec.shape[-1], int)]
-    if labels is None or len(labels) in classes:
-        return labels
-    if not classes:
-        return None if plan.loaded.entry is not None and labels == plan.loaded.defaults.labels else labels
-    raise InputError(f"there are {len(labels)} labels for the model's {classes[0]} classes; name each class once")
 
 
 def _write(
@@ -337,25 +275,4 @@ def _write(
     )
     add_kernels(writer, plan.loaded.name, plan.kernels, manifest.custom_ops, step=plan.step)
     bundle = writer.preview(manifest)
-    return bundle, _compare(plan, bundle, "onnxruntime") if plan.check else None
-
-
-def _compare(plan: Plan, bundle: Bundle, backend: str) -> Check:
-    """Load the bundle through the runtime and compare with PyTorch. Raises `ExportError` where it differs."""
-    manifest = bundle.manifest
-    plan.step(f"check {manifest.precision} against PyTorch")
-    # The bodies travel with the bundle; native kernels are one machine's, and `edgekit verify` checks them there.
-    session = load(bundle, backend=backend, kernels="portable")
-    tolerance = _tolerance(plan, manifest.precision)
-    check = verify_samples(session, tolerance=tolerance)
-    if check and manifest.dims and manifest.precision != "int8":
-        plan.step("check other sizes")
-        other = check_other_sizes(session, plan.loaded, tolerance_for(manifest, tolerance))
-        check = check if other is None or other else other
-    if not check:
-        raise ExportError(why_refused(bundle, plan.loaded, check))
-    return check
-
-
-def _with_figures(manifest: Manifest, check: Check | None, tolerance: float | None) -> Manifest:
-    return replace(manifest, verification=with_figures(check, tolerance))
+    return bundle, compare_with_torch(plan, bundle, "onnxruntime") if plan.check else None

@@ -107,7 +107,7 @@ def export_language_model(plan: LanguagePlan, destination: Path) -> Bundle:
         for graph in graphs:
             path = writer.add(SAMPLE_FILES[graph.part], "samples")
             _samples(LanguageGraph.of(reference, graph.part), texts, plan.seed).save(path)
-        manifest = _manifest(plan, graphs, models.graphs, _generation(decoder.config, tokenizer))
+        manifest = _manifest(plan, graphs, models.graphs, generation_of(decoder.config, tokenizer))
         add_kernels(writer, loaded.name, plan.kernels, manifest.custom_ops, step=plan.step)
         bundle = writer.preview(manifest)
         report: dict[str, Any] = {}
@@ -162,7 +162,8 @@ def _samples(graph: LanguageGraph, texts: TextInputs, seed: int) -> Samples:
     return Samples.of((inputs, graph.run(inputs)) for inputs in items)
 
 
-def _generation(config: DecoderConfig, tokenizer: TokenizerInfo) -> Generation:
+def generation_of(config: DecoderConfig, tokenizer: TokenizerInfo) -> Generation:
+    """What the manifest says for generating text."""
     attention = config.attention
     shown: dict[str, Plain] = {"kind": attention.kind}
     if attention.kind != "dense":
@@ -184,7 +185,7 @@ def _manifest(
         opsets |= {item.domain or "ai.onnx": item.version for item in model.opset_import}
     return Manifest(
         name=plan.loaded.name,
-        model=plan.loaded.info(_macs(plan)),
+        model=plan.loaded.info(macs_of(plan)),
         target="onnx",
         precision=plan.precision,
         inputs=first.inputs,
@@ -214,7 +215,7 @@ def _graph(graph: LanguageGraph, model: onnx.ModelProto) -> Graph:
     )
 
 
-def _macs(plan: LanguagePlan) -> int | None:
+def macs_of(plan: LanguagePlan) -> int | None:
     """The registry's figure, for one token, where no option changes the model."""
     entry = plan.loaded.entry
     return None if entry is None or entry.changed(plan.loaded.options) else entry.macs

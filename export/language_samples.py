@@ -79,15 +79,19 @@ class TextInputs:
         decoder: whose cache they have.
         tokenizer: what its tokens mean.
         folder: where the tokenizer's file lies.
+
+    Attributes:
+        pad: the token that fills rows up.
+        most: how many tokens a sample's cache should hold at most.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: TokenizerInfo, folder: Path | None) -> None:
         self._decoder = decoder
         self._tokens = _tokens(tokenizer, folder)
-        self._pad = tokenizer.pad if tokenizer.pad is not None else 0
+        self.pad = tokenizer.pad if tokenizer.pad is not None else 0
         empty = decoder.empty_cache(1)
         per_token = 4 * sum(key.shape[1] * key.shape[3] for key in (*empty.keys, *empty.values))
-        self._most = min(decoder.config.context, max(_LEAST_TOKENS, _MOST_BYTES // per_token))
+        self.most = min(decoder.config.context, max(_LEAST_TOKENS, _MOST_BYTES // per_token))
 
     def of(self, graph: LanguageGraph, passes: Sequence[Pass], *, seed: int) -> Iterator[dict[str, Array]]:
         """The inputs of each pass, by name; lengths are cut where context or size ask for it."""
@@ -96,10 +100,10 @@ class TextInputs:
 
     def _inputs(self, graph: LanguageGraph, one: Pass, seed: int) -> dict[str, Array]:
         decode = graph.part == "decode"
-        most = self._most - one.steps - int(decode)
+        most = self.most - one.steps - int(decode)
         past = min(one.past, most - 1)
         lengths = [max(past + 1, min(length, most)) for length in one.lengths]
-        ids, mask = self._rows(lengths, seed)
+        ids, mask = self.rows(lengths, seed)
         with torch.no_grad(), one_thread():
             cache = self._decoder.empty_cache(len(lengths))
             if past:
@@ -108,7 +112,7 @@ class TextInputs:
                 cache = self._decoder.prefill(ids[:, past:], mask, cache)[1]
                 for step in range(one.steps + 1):
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                    new = self._rows([1] * len(lengths), seed + 7 * step + 3)[0]
+                    new = self.rows([1] * len(lengths), seed + 7 * step + 3)[0]
                     if step < one.steps:
                         cache = self._decoder.decode(new, mask, cache)[1]
                 ids = new
@@ -119,9 +123,9 @@ class TextInputs:
         tensors = [ids, mask, *flat_cache(cache)]
         return {shape.name: tensor.numpy() for shape, tensor in zip(graph.shapes, tensors, strict=True)}
 
-    def _rows(self, lengths: Sequence[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, lengths: Sequence[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask `[rows, longest]`: each row another place of the text, filled up on the right."""
-        ids = np.full((len(lengths), max(lengths)), self._pad, np.int64)
+        ids = np.full((len(lengths), max(lengths)), self.pad, np.int64)
         mask = np.zeros_like(ids)
         for row, length in enumerate(lengths):
             start = (197 * seed + 61 * row) % len(self._tokens)

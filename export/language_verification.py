@@ -86,6 +86,12 @@ def verify_language_model(
     step: Callable[[str], None],
 ) -> Verification:
     """`edgekit.verify` for a language model with the live one at hand. Raises `InputError` where that is another."""
+    if bundle.manifest.target == "coreml":
+        from edgekit.export.coreml_language_verification import verify_package
+
+        return verify_package(
+            bundle, loaded, layers=layers, inputs=inputs, tolerance=tolerance, backend=backend, step=step
+        )
     checks: list[Check] = []
     notes: list[str] = []
     nodes: list[Any] = []

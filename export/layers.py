@@ -7,6 +7,7 @@ by declaring its inner tensors as outputs. Tensors that a pass fused away exist 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     manifest = bundle.manifest
     inputs = next(iter(bundle.samples()), (None, None))[0] or random_inputs(manifest.inputs, manifest.dims)
     program, order = _program(bundle, loaded)
-    recorder = _Recorder(program.module(check_guards=False))
+    recorder = Recorder(program.module(check_guards=False))
     given = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in order]
     with torch.no_grad():
         # A language model's graph takes its cache as one list.
@@ -60,11 +61,19 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     if not shared:
         raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
     actual = _run_with_outputs(bundle, graph, inputs, list(shared.values()), set(outputs.values()))
-    tolerance = layer_tolerance(manifest.precision)
+    found = {name: actual[tensor] for name, tensor in shared.items()}
+    return report_layers(recorder, found, manifest.precision, manifest.target)
+
+
+def report_layers(
+    recorder: Recorder, actual: Mapping[str, np.ndarray[Any, Any]], precision: str, target: str
+) -> LayerReport:
+    """Compare what the other side computed, by the names of the recorder's layers, with what it recorded."""
+    tolerance = layer_tolerance(precision, target)
     layers = []
-    for name, tensor in shared.items():
+    for name, array in actual.items():
         node, value = recorder.nodes[name], recorder.values[name]
-        comparison = compare_arrays(name, value, actual[tensor], tolerance=tolerance)
+        comparison = compare_arrays(name, value, array, tolerance=tolerance)
         layers.append(LayerComparison(name, _module_path(node), _op_name(node), value.shape, comparison))
     return LayerReport(tuple(layers), tolerance, next((layer for layer in layers if not layer), None))
 
@@ -95,7 +104,7 @@ def _program(bundle: Bundle, loaded: LoadedModel) -> tuple[torch.export.Exported
     return exported.program, order
 
 
-class _Recorder(torch.fx.Interpreter):
+class Recorder(torch.fx.Interpreter):
     """Walks a traced graph and keeps every float tensor that a layer computes."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:

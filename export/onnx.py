@@ -290,6 +290,8 @@ def quiet() -> Iterator[None]:
 
 
 def _example_size(limits: DimRange, large: bool) -> int:
+    if limits.values is not None:
+        return limits.values[1 if large and limits.min < 2 else 0]
     return max(limits.min, min(2, limits.max or 2)) if large else limits.min
 
 

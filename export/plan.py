@@ -56,7 +56,12 @@ def make_plan(
         recipe = defaults.preprocessing and _at_size(defaults.preprocessing, parsed[0])
     else:
         if isinstance(preprocessing, Mapping):
-            preprocessing = ImagePreprocessing.from_json(preprocessing)
+            preprocessing = ImagePreprocessing.from_user(preprocessing)
+        elif preprocessing.pixels:
+            raise InputError(
+                "this preprocessing is that of a bundle which normalises pixels itself; give it with pixels=False, as "
+                "the model takes the image"
+            )
         _check_recipe(preprocessing, parsed[0])
         recipe = preprocessing
     if isinstance(labels, str):

@@ -1,6 +1,6 @@
 """The shapes of a model's inputs as people type them: `image:Nx3x224x224 | 1..8`, `ids:1x128@int64<30522`.
 
-What follows `<` may be a sum: `rows:SxW@int64<V+Q+1`.
+What follows `<` may be a sum: `rows:SxW@int64<V+Q+1`. `| S=192/224/256` lists the only sizes of a dimension.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from edgekit.errors import ShapeError
+from edgekit.errors import ExportError, ShapeError
 from edgekit.runtime.manifest import DTYPES, Dim, DimRange, TensorSpec
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "write NAME:1x3x224x224, or NAME:Nx3x224x224 | 1..8 for a dynamic batch"
 _NAME = r"[A-Za-wyz_][A-Za-wyz0-9_]*"  # of a dynamic dimension: an x stands between dimensions
+_LISTED = r"\d+(?:\s*/\s*\d+)+"  # the only sizes of a dimension
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,40 @@ def program_shapes(program: torch.export.ExportedProgram) -> tuple[InputShape, .
     return tuple(_program_shape(str(name), values[str(name)], program) for name in inputs)
 
 
+def output_specs(
+    program: torch.export.ExportedProgram, shapes: Sequence[InputShape], names: Sequence[str]
+) -> tuple[TensorSpec, ...]:
+    """The outputs of a traced program under `names`, with sizes in terms of the dimensions of `shapes`.
+
+    Args:
+        shapes: in the order of the program's inputs.
+
+    Raises:
+        ShapeError: the program fixes a dimension that `shapes` names.
+        ExportError: an output is a constant.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    symbols: dict[str, str] = {}
+    for name, shape in zip(program.graph_signature.user_inputs, shapes, strict=True):
+        for size, dim in zip(values[str(name)].shape, shape.dims, strict=True):
+            if isinstance(dim, str):
+                if isinstance(size, int):
+                    raise ShapeError(f"the model fixes dimension {dim} of {shape.name} to {size}; write the number")
+                symbols[str(size)] = dim
+
+    def named(size: int | torch.SymInt) -> Dim:
+        return size if isinstance(size, int) else re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(size))
+
+    specs = []
+    for name, wanted in zip(program.graph_signature.user_outputs, names, strict=True):
+        value = values.get(str(name))
+        if value is None:
+            raise ExportError(f"the output {wanted} is a constant; leave it out of what forward returns")
+        dtype = str(value.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(wanted, dtype, tuple(named(size) for size in value.shape)))
+    return tuple(specs)
+
+
 def _program_shape(name: str, value: torch.Tensor, program: torch.export.ExportedProgram) -> InputShape:
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -161,9 +196,9 @@ def _parse_ranges(text: str, limits: str, dims: list[Dim]) -> dict[str, DimRange
     ranges = {symbol: DimRange() for symbol in symbols}
     given: set[str] = set()
     for part in filter(None, (piece.strip() for piece in limits.split(","))):
-        match = re.fullmatch(r"(?:(\w+)\s*=\s*)?(\d+)\s*\.\.\s*(\d*)", part, re.ASCII)
+        match = re.fullmatch(rf"(?:(\w+)\s*=\s*)?(?:(\d+)\s*\.\.\s*(\d*)|({_LISTED}))", part, re.ASCII)
         if not match:
-            raise ShapeError(f"cannot read the range {part!r} in {text!r}; write 1..8 or N=1..8")
+            raise ShapeError(f"cannot read the range {part!r} in {text!r}; write 1..8, N=1..8 or N=1/2/4")
         symbol = match[1] or (symbols[0] if len(symbols) == 1 else "")
         if symbol not in ranges:
             known = ", ".join(symbols) or "none"
@@ -174,6 +209,9 @@ def _parse_ranges(text: str, limits: str, dims: list[Dim]) -> dict[str, DimRange
         if symbol in given:
             raise ShapeError(f"dimension {symbol} has two ranges in {text!r}; give one")
         given.add(symbol)
+        if match[4]:
+            ranges[symbol] = _listed(part, text, [int(size) for size in match[4].split("/")])
+            continue
         low, high = int(match[2]), int(match[3]) if match[3] else None
         if low < 1 or (high is not None and high < low):
             raise ShapeError(f"the range {part!r} in {text!r} must run from at least 1 upwards, such as 1..8")
@@ -181,3 +219,9 @@ def _parse_ranges(text: str, limits: str, dims: list[Dim]) -> dict[str, DimRange
             raise ShapeError(f"the range {part!r} in {text!r} holds one size; write {low} in place of {symbol}")
         ranges[symbol] = DimRange(low, high)
     return ranges
+
+
+def _listed(part: str, text: str, sizes: list[int]) -> DimRange:
+    if min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ShapeError(f"the sizes {part!r} in {text!r} must be at least 1 and differ, such as 192/224/256")
+    return DimRange.of(sizes)

@@ -44,7 +44,8 @@ class Defaults:
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready for export: `module` is a copy of the original in eval mode on the CPU, `program` is set where it
-    came as a .pt2 file, `entry` where it is of the zoo, `folder` where a language model came from one."""
+    came as a .pt2 file, `entry` where it is of the zoo, `folder` where a language model came from one. `prepare` turns
+    the inputs of the bundle into those of the module, where they differ (`edgekit.export.pixels`)."""
 
     name: str
     source: str
@@ -55,6 +56,7 @@ class LoadedModel:
     program: torch.export.ExportedProgram | None = None
     options: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    prepare: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
 
     def info(self, macs: int | None) -> ModelInfo:
         """What the manifest says of the model."""
@@ -74,9 +76,9 @@ class LoadedModel:
 
     def call(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """What the original model returns. Raises `ShapeError` in plain words where it does not run on `tensors`."""
-        args, kwargs, _ = self.bind(tensors)
         try:
             with torch.no_grad(), one_thread():
+                args, kwargs, _ = self.bind(tensors if self.prepare is None else self.prepare(tensors))
                 return self.module(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises
             shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())

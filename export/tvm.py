@@ -26,17 +26,17 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.torch import from_exported_program
 
 from edgekit.custom_ops.registry import DOMAIN, VERSION
-from edgekit.errors import ExportError, ShapeError
+from edgekit.errors import ExportError
 from edgekit.export.calling import first_line
 from edgekit.export.onnx import quiet
-from edgekit.export.shapes import InputShape, input_specs
+from edgekit.export.shapes import InputShape, input_specs, output_specs
 from edgekit.export.tvm_ops import KernelCalls, ServedNode, used_ops
 from edgekit.export.tvm_schedule import Registers, schedule_module
 from edgekit.kernels.native.toolchain import KernelBuildError, find_toolchain, run
 from edgekit.kernels.tvm.compat import versions
 from edgekit.kernels.tvm.targets import Arch, best_arch, get_arch
 from edgekit.runtime.kernel_library import Host, this_host
-from edgekit.runtime.manifest import CustomOp, Dim, TensorSpec
+from edgekit.runtime.manifest import CustomOp, TensorSpec
 from edgekit.runtime.tvm_backend import BUILD, resize_pool
 
 __all__ = [
@@ -151,7 +151,7 @@ def convert(
     except Exception as error:  # TVM's passes raise errors of many kinds, none with a common base of its own
         raise ExportError(f"TVM cannot compile the model for {arch.name}: {first_line(error)}") from error
     inputs = tuple(replace(spec, layout="NCHW" if len(spec.shape) == 4 else None) for spec in input_specs(shapes)[0])
-    outputs = _outputs(program, shapes, names)
+    outputs = output_specs(program, shapes, names)
     return TvmExport(executable, arch, inputs, outputs, ops, tuple(calls.uses), tuning)
 
 
@@ -282,31 +282,6 @@ def _count_ops(mod: tvm.IRModule, uses: Sequence[ServedNode]) -> dict[str, int]:
 
     relax.analysis.post_order_visit(mod["main"], count)
     return dict(sorted(counts.items()))
-
-
-def _outputs(
-    program: torch.export.ExportedProgram, shapes: Sequence[InputShape], names: Sequence[str]
-) -> tuple[TensorSpec, ...]:
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    symbols: dict[str, str] = {}
-    for name, shape in zip(program.graph_signature.user_inputs, shapes, strict=True):
-        for size, dim in zip(values[str(name)].shape, shape.dims, strict=True):
-            if isinstance(dim, str):
-                if isinstance(size, int):
-                    raise ShapeError(f"the model fixes dimension {dim} of {shape.name} to {size}; write the number")
-                symbols[str(size)] = dim
-
-    def named(size: int | torch.SymInt) -> Dim:
-        return size if isinstance(size, int) else re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(size))
-
-    specs = []
-    for name, wanted in zip(program.graph_signature.user_outputs, names, strict=True):
-        value = values.get(str(name))
-        if value is None:
-            raise ExportError(f"the output {wanted} is a constant; leave it out of what forward returns")
-        dtype = str(value.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(wanted, dtype, tuple(named(size) for size in value.shape)))
-    return tuple(specs)
 
 
 def _import_reason(error: Exception) -> str:

@@ -32,6 +32,7 @@ from edgekit.runtime.verification import (
     check_outputs,
     classify,
     measure_accuracy,
+    not_run,
     refuse_labels,
     score_output,
     share_correct,
@@ -94,8 +95,9 @@ def verify(
         raise InputError(f"inputs must be at least 1, got {inputs}")
     step("open the bundle")
     opened = Bundle.open(bundle)
-    if layers and opened.manifest.target != "onnx":
-        raise InputError(f"layers are compared in onnx bundles; {opened.name} is one whole library")
+    target = opened.manifest.target
+    if layers and target == "tvm":
+        raise InputError(f"layers are compared in onnx and coreml bundles; {opened.name} is one whole library")
     if data is not None:
         refuse_labels(opened)
     required = live is True or layers or model is not None
@@ -143,10 +145,16 @@ def verify(
     report: LayerReport | None = None
     if layers:
         assert loaded is not None  # `layers` makes the model required
-        from edgekit.export.layers import compare_layers
-
         step("compare layer by layer")
-        report = compare_layers(session.bundle, loaded)
+        if target == "coreml":
+            from edgekit.export.layers_coreml import compare_coreml_layers
+
+            report = compare_coreml_layers(session.bundle, loaded)
+        else:
+            from edgekit.export.layers import compare_layers
+
+            report = compare_layers(session.bundle, loaded)
+    notes += not_run(session)
     manifest = session.bundle.manifest
     uses = kernel_uses(session.kernels)
     return Verification(session.bundle.name, manifest.precision, tuple(checks), accuracy, report, tuple(notes), uses)
@@ -158,10 +166,11 @@ def _find_model(
     """The live model, or None and the reason in words. A model that was asked for and is not there is an error."""
     if importlib.util.find_spec("torch") is None and not required:
         return None, "torch is not installed (pip install 'edgekit[export]')"
+    from edgekit.export.pixels import as_exported
     from edgekit.export.source import reload_model
 
     try:
-        return reload_model(bundle.manifest, model, weights), ""
+        return as_exported(reload_model(bundle.manifest, model, weights), bundle.manifest), ""
     except EdgekitError as error:
         if required:
             raise
@@ -176,7 +185,8 @@ def fresh_inputs(session: Session, count: int) -> Iterator[dict[str, Array]]:
     """
     dims = session.bundle.manifest.dims
     samples = session.bundle.samples()
-    mixed = session.bundle.manifest.precision == "int8" and len(samples) > 1
+    calibrated = session.bundle.manifest.target == "onnx" and session.bundle.manifest.precision == "int8"
+    mixed = calibrated and len(samples) > 1
     generator = np.random.default_rng(FRESH_SEED)
     for index in range(count):
         if mixed:
@@ -193,6 +203,8 @@ def _fresh_size(limits: DimRange, index: int) -> int:
 
     A length must not always be a multiple of some block, or too short to have a second one.
     """
+    if limits.values is not None:
+        return limits.values[index % len(limits.values)]
     smallest = max(1, limits.min)
     largest = 3 * smallest + 64 if limits.max is None else min(limits.max, 3 * smallest + 64)
     count = largest - smallest + 1
@@ -207,7 +219,7 @@ def _mix(first: Array, second: Array, weight: np.float32) -> Array:
 
 def _check_live(session: Session, loaded: LoadedModel, count: int, tolerance: float) -> Check:
     run = loaded.runner([spec.name for spec in session.outputs])
-    fresh = example_inputs(session, loaded, count) or fresh_inputs(session, count)
+    fresh = example_inputs(session, loaded, count) or own_images(session, loaded, count) or fresh_inputs(session, count)
     pairs = ((arrays, run(arrays)) for arrays in fresh)
     return check_outputs("live PyTorch on fresh inputs", pairs, session.run, tolerance)
 
@@ -230,17 +242,18 @@ def check_other_sizes(session: Session, loaded: LoadedModel, tolerance: float) -
 
 def why_refused(bundle: Bundle, loaded: LoadedModel, check: Check) -> str:
     """Why an export is refused, and what to do: it depends on how much rounding moves PyTorch's own answer."""
-    precision = bundle.manifest.precision
+    precision, coreml = bundle.manifest.precision, bundle.manifest.coreml
+    computed = precision if coreml is None else coreml.compute_precision  # Core ML's weights of few bits are no inputs
     figures = "; ".join(
         output.problem or f"{output.name}: relative L2 error {output.rel_l2:.2e}, tolerance {output.tolerance:.2g}"
         for output in check.outputs
         if not output
     )
-    moves = own_sensitivity(bundle.samples(), loaded, precision)
+    moves = own_sensitivity(bundle.samples(), loaded, computed)
     sensitive = "a model known to be this sensitive to rounding takes a larger --tolerance"
     if moves is not None and np.isfinite(moves):
         sensitive = (
-            f"PyTorch's own answer moves by {moves:.1e} when its input changes by one rounding of {precision}: if that "
+            f"PyTorch's own answer moves by {moves:.1e} when its input changes by one rounding of {computed}: if that "
             "is as much, the model is this sensitive to rounding, and a larger --tolerance says so"
         )
     return (
@@ -316,3 +329,24 @@ def example_inputs(session: Session, loaded: LoadedModel, count: int) -> list[di
     seeds = [FRESH_SEED + index for index in range(count)]
     found = [example_arrays(loaded.entry, loaded.options, session.inputs, dims, seed=seed) for seed in seeds]
     return [arrays for arrays in found if arrays is not None]
+
+
+def own_images(session: Session, loaded: LoadedModel, count: int) -> list[dict[str, Array]]:
+    """Unseen images of the data set that a zoo model's shipped weights were trained on, for precisions below fp32.
+
+    A lower precision may not hold on drawn pixels that its model never sees: fp16 weights alone move the answers of
+    shvit_digits to noise by 2e-3. Empty where there are none for this bundle.
+    """
+    from edgekit.export.data import digits
+
+    spec, entry = session.inputs[0], loaded.entry
+    if session.bundle.manifest.precision == "fp32" or entry is None or entry.dataset != "digits":
+        return []
+    if loaded.weights.source != "shipped" or spec.preprocessing is None or spec.shape[0] != 1:
+        return []
+    try:
+        data = digits("validation", spec.name, spec.preprocessing)
+    except MissingDependencyError:
+        return []
+    order = np.random.default_rng(FRESH_SEED).permutation(len(data))[:count]
+    return [{spec.name: data.inputs[spec.name][index : index + 1]} for index in order]

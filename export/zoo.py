@@ -61,6 +61,7 @@ def example_arrays(
         return None
     if len(specs) == 1 and arrays.keys() == {specs[0].name}:
         arrays = {specs[0].name: arrays[specs[0].name][: _most_rows(specs[0], dims)]}
+    arrays = _in_dtypes(arrays, specs)
     try:
         check_inputs({spec.name: (spec, np.dtype(spec.dtype)) for spec in specs}, arrays, dims)
     except InputError:  # the caller asked for other sizes than the data have
@@ -89,7 +90,16 @@ def labelled_data(entry: ModelEntry, specs: Sequence[TensorSpec], dims: Mapping[
     source = f"{name}, {int(counted.sum())} of {len(labels)} rows counted (each is one {entry.input.unit})"
     if len(specs) == 1 and inputs.keys() == {specs[0].name} and _most_rows(specs[0], dims) < len(labels):
         return Dataset({specs[0].name: inputs[specs[0].name][counted]}, labels[counted], source)
-    return Dataset(dict(inputs), labels, source, whole=True)
+    return Dataset(_in_dtypes(inputs, specs), labels, source, whole=True)
+
+
+def _in_dtypes(arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """Integers in the integer dtypes of `specs`: a target may know int32 alone where the model takes int64."""
+    wanted = {spec.name: np.dtype(spec.dtype) for spec in specs}
+    return {
+        name: array.astype(wanted[name]) if array.dtype.kind == wanted.get(name, array.dtype).kind == "i" else array
+        for name, array in arrays.items()
+    }
 
 
 def _most_rows(spec: TensorSpec, dims: Mapping[str, DimRange]) -> int:

@@ -101,7 +101,7 @@ class ModelEntry:
     others. `num_classes` of a language model is the size of its vocabulary. `dataset` names the data that the shipped
     `weights` (a file in `models/pretrained`) were trained on. `tolerance`: the relative L2 error that an fp32 bundle
     may have, for a model that answers with larger differences itself when its input changes in the last bit; None: the
-    usual one.
+    usual one. `half_tolerance`: the same for a Core ML package in fp16.
     """
 
     name: str
@@ -117,6 +117,7 @@ class ModelEntry:
     weights: str | None = None
     labels: tuple[str, ...] | None = None
     tolerance: float | None = None
+    half_tolerance: float | None = None
 
     def arguments(self, overrides: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The keyword parameters of the factory and their values: the defaults, or what `overrides` says."""
@@ -146,6 +147,7 @@ def register_model(
     weights: str | None = None,
     labels: tuple[str, ...] | None = None,
     tolerance: float | None = None,
+    half_tolerance: float | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register the decorated function under its own name. Its keyword parameters are what `create_model` accepts.
 
@@ -174,6 +176,7 @@ def register_model(
             weights,
             labels,
             tolerance,
+            half_tolerance,
         )
         return factory
 

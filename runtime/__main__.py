@@ -83,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(command=command)
         sub.add_argument("bundle", metavar="BUNDLE", help="a .edge folder or a packed .edge.zip file")
-        sub.add_argument("--backend", metavar="NAME", help="tvm runs the native code of a tvm bundle")
+        sub.add_argument(
+            "--backend",
+            metavar="NAME",
+            help="tvm runs the native code of a tvm bundle; coreml (on a Mac) or coreml-reference, also -fp32 and "
+            "-fp16sum, a coreml bundle; default: what runs the bundle here",
+        )
         sub.add_argument("--threads", "-t", type=int, metavar="N", help="threads for one run; default: one per core")
         sub.add_argument(
             "--kernels", default="auto", metavar="auto|portable|PATH", help=f"{KERNELS_HELP}; default: auto"

@@ -31,6 +31,7 @@ from edgekit.runtime.storage import (
     write_text_atomic,
     write_zip,
 )
+from edgekit.runtime.tolerances import default_precision
 
 __all__ = ["MANIFEST", "REPORT", "SAMPLES", "Bundle", "BundleWriter", "Samples", "bundle_stem"]
 
@@ -57,7 +58,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """NAME-TARGET, with the precision where it is not fp32."""
+        """NAME-TARGET, with the precision where it is not the target's default."""
         return bundle_stem(self.manifest.name, self.manifest.target, self.manifest.precision)
 
     @property
@@ -130,7 +131,11 @@ class Bundle:
             raise BundleError(f"{self.path.name} has no part {name!r}; it holds one graph")
         entries = self.manifest.files
         files = {graph.file: replace(entries[graph.file], role="model")}
-        files |= {file: entry for file, entry in entries.items() if entry.role == "weights" or file == graph.samples}
+        shared = ("weights", "package")
+        files |= {file: entry for file, entry in entries.items() if entry.role in shared or file == graph.samples}
+        coreml = self.manifest.coreml
+        if coreml is not None and graph.function is not None:
+            coreml = replace(coreml, function=graph.function)
         manifest = replace(
             self.manifest,
             name=f"{self.manifest.name}-{PART}",
@@ -143,6 +148,7 @@ class Bundle:
             verification=graph.verification,
             decode=None,
             generation=None,
+            coreml=coreml,
         )
         return Bundle(self._storage, manifest, part_of=self)
 
@@ -344,7 +350,7 @@ class BundleWriter:
 
 def bundle_stem(name: str, target: str, precision: str) -> str:
     """The bundle's name without its suffix: `shvit_s1-onnx`, or `shvit_s1-onnx-int8`."""
-    return f"{name}-{target}" if precision == "fp32" else f"{name}-{target}-{precision}"
+    return f"{name}-{target}" if precision == default_precision(target) else f"{name}-{target}-{precision}"
 
 
 def _read_manifest(storage: Storage) -> Manifest:

@@ -252,9 +252,9 @@ def _check_labels(dataset: Dataset, labels: Sequence[str] | None) -> None:
 
 def _read_images(
     files: Sequence[Path], preprocessing: ImagePreprocessing, progress: Callable[[int, int], None] | None
-) -> NDArray[np.float32]:
+) -> NDArray[Any]:
     """Preprocess images one at a time, so that only the results are held."""
-    result = np.empty((len(files), *preprocessing.output_shape[1:]), np.float32)
+    result = np.empty((len(files), *preprocessing.output_shape[1:]), preprocessing.dtype)
     for index, file in enumerate(files):
         result[index] = preprocessing(file)[0]
         if progress is not None:

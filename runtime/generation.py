@@ -152,7 +152,17 @@ class Generator:
             Row(ids, Sampler(sampling, row), self.tokenizer.stream(ids), ends, stops, new)
             for row, ids in enumerate(prompt_ids)
         ]
-        return TextStream(self, rows, plan, sampling.seed, time.perf_counter() - start, progress)
+        return self._text_stream(rows, plan, sampling.seed, time.perf_counter() - start, progress)
+
+    def _text_stream(
+        self,
+        rows: list[Row],
+        plan: MemoryPlan,
+        seed: int | None,
+        seconds_before: float,
+        progress: Callable[[int, int], None] | None,
+    ) -> TextStream:
+        return TextStream(self, rows, plan, seed, seconds_before, progress)
 
     def _plan(self, prompts: list[list[int]], new: int, pass_tokens: int | None) -> MemoryPlan:
         dims = self.prefill.bundle.manifest.dims
@@ -333,7 +343,11 @@ class TextStream(Iterator[Piece]):
 
 
 def load_generator(
-    bundle: str | os.PathLike[str] | Bundle, *, threads: int | None = None, kernels: str | os.PathLike[str] = "auto"
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    threads: int | None = None,
+    kernels: str | os.PathLike[str] = "auto",
+    backend: str | None = None,
 ) -> Generator:
     """Load a language model for generating text. `edgekit.load` gives a session of its main graph instead.
 
@@ -341,13 +355,21 @@ def load_generator(
         bundle: a bundle's folder or packed file, or an opened `Bundle`.
         threads: threads for one run; None leaves it to the backend (one per physical core).
         kernels: as for `edgekit.load`.
+        backend: for a Core ML package, as for `edgekit.load`; an onnx bundle is run by onnxruntime.
 
     Raises:
         BundleError: the bundle is damaged or unsafe, or its tokenizer does not fit the model.
-        InputError: it holds no language model, or does not fit into memory.
+        InputError: it holds no language model, does not fit into memory, or the backend generates no text from it.
         MissingDependencyError: its tokenizer needs a library that is not installed.
     """
-    return Generator(bundle, threads=threads, kernels=kernels)
+    opened = Bundle.open(bundle)
+    if opened.manifest.target == "coreml":
+        from edgekit.runtime.coreml_generation import CoreMLGenerator
+
+        return CoreMLGenerator(opened, backend=backend, threads=threads)
+    if backend not in (None, "onnxruntime"):
+        raise InputError(f"the backend {backend} generates no text from {opened.name}; leave it out")
+    return Generator(opened, threads=threads, kernels=kernels)
 
 
 def generate(

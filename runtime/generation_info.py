@@ -58,16 +58,18 @@ class Generation:
     attention: dict[str, Plain] = field(default_factory=dict)
 
 
-def tensor_names(layers: int) -> dict[str, list[str]]:
+def tensor_names(layers: int, *, states: bool = False) -> dict[str, list[str]]:
     """The tensors that both graphs of a language model with so many caching layers have, for `inputs` and `outputs`.
 
-    The names are those that onnxruntime-genai uses.
+    The names are those that onnxruntime-genai uses. With `states`, of a package for Core ML, a number says how many
+    tokens count, and there is no mask.
     """
     past, present = (
         [f"{stem}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
         for stem in ("past_key_values", "present")
     )
-    return {"inputs": ["input_ids", "attention_mask", *past], "outputs": ["logits", *present]}
+    mask = [] if states else ["attention_mask"]
+    return {"inputs": ["input_ids", *mask, *past], "outputs": ["logits", *present]}
 
 
 def read_generation(fields: Fields, value: object, roles: Mapping[str, str]) -> Generation:

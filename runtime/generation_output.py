@@ -117,12 +117,10 @@ def run_prompt(
             refuses.
     """
     check_language_model(bundle)
-    if backend not in (None, "onnxruntime"):
-        raise InputError(f"the backend {backend} generates no text; leave --backend out")
     prompt = read_prompt(options)
     with StatusLine(sys.stderr if show else None) as status:
         status.show(f"loading {bundle.name}")
-        generator = load_generator(bundle, threads=threads, kernels=kernels)
+        generator = load_generator(bundle, threads=threads, kernels=kernels, backend=backend)
         stream = generator.stream(
             prompt,
             max_new_tokens=options.max_new_tokens,
@@ -133,6 +131,8 @@ def run_prompt(
             progress=lambda done, total: status.show(f"reading the prompt: {done:,} of {total:,} tokens"),
         )
     notes = list(dict.fromkeys(filter(None, (generator.prefill.kernels_note, generator.decode.kernels_note))))
+    if generator.decode.backend.startswith("coreml-reference"):
+        notes.append("the reference runtime says what a package computes, slowly; its speed says nothing of a device")
     weights = bundle.manifest.model.weights
     if weights.source == "random":
         notes.append(f"this bundle has random weights (seed {weights.seed}); its text means nothing")

@@ -2,8 +2,9 @@
 
 A manifest is plain JSON. Reading one validates every field and never runs code. The schema number rises when an older
 reader would misunderstand a newer file; a reader refuses numbers above its own. A file gets the lowest number that has
-all its fields, so that older readers take what they can: 3 where a language model has a second graph and says how it
-generates text, or where weights lie in a file of their own; 2 where an input says what its integers point into; else 1.
+all its fields, so that older readers take what they can: 4 for a package for Core ML, and where a dimension takes
+listed sizes alone; 3 where a language model has a second graph and says how it generates text, or where weights lie in
+a file of their own; 2 where an input says what its integers point into; else 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from edgekit.errors import BundleError
+from edgekit.runtime.coreml_info import CoreMLInfo, StateSpec, read_coreml
 from edgekit.runtime.generation_info import Generation, TokenizerInfo, read_generation, tensor_names
 from edgekit.runtime.json_fields import Fields, parse_object, short
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -27,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "REPORT",
     "SCHEMA",
+    "CoreMLInfo",
     "CustomOp",
     "Dim",
     "DimRange",
@@ -35,6 +38,7 @@ __all__ = [
     "Graph",
     "Manifest",
     "ModelInfo",
+    "StateSpec",
     "TensorSpec",
     "TokenizerInfo",
     "WeightsInfo",
@@ -43,11 +47,11 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
-SCHEMA = 3
+SCHEMA = 4
 
 
 # Fields that came with a later schema: left out where they say nothing, so that older files read and are written alike.
-_OPTIONAL = frozenset({"index_of", "decode", "generation"})
+_OPTIONAL = frozenset({"index_of", "decode", "generation", "coreml", "function", "values"})
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Graph:
     """The second graph of a language model, which reads one token after those in its cache.
 
     `file` has the role `decode`, `samples` (None where there are none) the role `samples`; the other fields are for
-    this graph what those of the same names in `Manifest` are for the first.
+    this graph what those of the same names in `Manifest` are for the first. In a package for Core ML both graphs are
+    functions of one file: `function` is the name of this one, and `file` that of the role `model`.
     """
 
     file: str
@@ -107,6 +112,7 @@ class Graph:
     custom_ops: tuple[CustomOp, ...] = ()
     samples: str | None = None
     verification: dict[str, Any] = field(default_factory=dict)
+    function: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Manifest:
     `opsets` maps operator domains to versions, `ops` the graph's operators to how many nodes use them; `calibration`
     says what int8 was calibrated on; `verification` holds the figures of the check at export. A language model has
     `decode` and `generation` as well: its main graph reads the tokens of a prompt, `decode` one token at a time.
+    `coreml` is there for a Core ML package alone.
     """
 
     name: str
@@ -136,6 +143,7 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     decode: Graph | None = None
     generation: Generation | None = None
+    coreml: CoreMLInfo | None = None
 
     @property
     def model_file(self) -> str:
@@ -150,6 +158,8 @@ class Manifest:
         apart = any(entry.role == "weights" for entry in self.files.values())
         second = any(spec.index_of for spec in self.inputs)
         schema = 3 if apart or self.decode is not None or self.generation is not None else 2 if second else 1
+        if self.coreml is not None or any(limits.values is not None for limits in self.dims.values()):
+            schema = 4
         data: dict[str, Any] = {"schema": schema, **_plain(self)}
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -200,7 +210,8 @@ class _Reader(Fields):
         dims = self._dims(data)
         files = self._files(self.get(data, "files", dict))
         roles = {name: entry.role for name, entry in files.items()}
-        given = {"decode": None, "generation": None, **data}
+        given = {"decode": None, "generation": None, "coreml": None, **data}
+        coreml = self.optional(given, "coreml", lambda value, _: read_coreml(self, value))
         manifest = Manifest(
             name=self.word(data, "name"),
             model=self._model(self.get(data, "model", dict)),
@@ -218,18 +229,23 @@ class _Reader(Fields):
             tools={k: self.text(v, f"tools.{k}") for k, v in self.get(data, "tools", dict).items()},
             calibration=self.optional(data, "calibration", self.text),
             verification=self.get(data, "verification", dict),
-            decode=self.optional(given, "decode", lambda value, _: self._graph(value, roles)),
+            decode=self.optional(given, "decode", lambda value, _: self._graph(value, roles, coreml)),
             generation=self.optional(given, "generation", lambda value, _: read_generation(self, value, roles)),
+            coreml=coreml,
         )
+        self._check_coreml(manifest)
         self._check_language_model(manifest)
         return manifest
 
-    def _graph(self, value: object, roles: Mapping[str, str]) -> Graph:
+    def _graph(self, value: object, roles: Mapping[str, str], coreml: CoreMLInfo | None) -> Graph:
         prefix = "decode."
         data = self.record(value, Graph, prefix)
         dims = self._dims(data, prefix)
+        function = self.optional({"function": None, **data}, "function", self.text, prefix)
+        if (function is None) != (coreml is None) or (coreml is not None and function not in coreml.functions):
+            raise self.bad(f"{prefix}function", "a function of the package, for Core ML alone", function)
         return Graph(
-            file=self._file_of(roles, "decode")(data["file"], f"{prefix}file"),
+            file=self._file_of(roles, "decode" if function is None else "model")(data["file"], f"{prefix}file"),
             inputs=self._tensors(data, "inputs", dims, prefix),
             outputs=self._tensors(data, "outputs", dims, prefix),
             dims=dims,
@@ -237,7 +253,23 @@ class _Reader(Fields):
             custom_ops=tuple(self._custom_ops(data, prefix)),
             samples=self.optional(data, "samples", self._file_of(roles, "samples"), prefix),
             verification=self.get(data, "verification", dict, prefix),
+            function=function,
         )
+
+    def _check_coreml(self, manifest: Manifest) -> None:
+        """A package names its image and the tensors of its states: they are there, or the manifest is refused."""
+        info = manifest.coreml
+        if (info is None) != (manifest.target != "coreml"):
+            raise self.bad("coreml", "given for the target coreml, and for no other", None if info is None else "given")
+        if info is None:
+            return
+        inputs, outputs = ([spec.name for spec in side] for side in (manifest.inputs, manifest.outputs))
+        if info.image_input is not None and info.image_input not in inputs:
+            raise self.bad("coreml.image_input", "the name of an input", info.image_input)
+        for state in info.states:
+            if state.input not in inputs or state.output not in outputs:
+                names = f"{state.input}, {state.output}"
+                raise self.bad("coreml.states", "a list of states whose input and output the manifest has", names)
 
     def _file_of(self, roles: Mapping[str, str], role: str) -> Callable[[Any, str], str]:
         """Reads the name of a listed file with this role."""
@@ -258,7 +290,8 @@ class _Reader(Fields):
         if generation is None or decode is None:
             return
         for prefix, graph in (("", manifest), ("decode.", decode)):
-            for side, names in tensor_names(min(generation.layers, len(graph.inputs))).items():
+            layers = min(generation.layers, len(graph.inputs))
+            for side, names in tensor_names(layers, states=manifest.coreml is not None).items():
                 found = {spec.name for spec in (graph.inputs if side == "inputs" else graph.outputs)}
                 if missing_names := [name for name in names if name not in found]:
                     raise self.bad(prefix + side, f"a list with the tensor {missing_names[0]!r}", sorted(found))
@@ -278,7 +311,17 @@ class _Reader(Fields):
         low, high = self.count(data["min"], f"{prefix}min"), self.optional(data, "max", self.count, prefix)
         if high is not None and high < low:
             raise self.bad(f"{prefix}max", f"at least the min, {low}", high)
-        return DimRange(low, high)
+        values = self.optional({"values": None, **data}, "values", self._sizes, prefix)
+        if values is not None and (low, high) != (values[0], values[-1]):
+            raise self.bad(f"{prefix}values", f"a list of sizes from the min, {low}, to the max, {high}", list(values))
+        return DimRange(low, high, values)
+
+    def _sizes(self, values: Any, path: str) -> tuple[int, ...]:
+        """At least two sizes in ascending order."""
+        ordered = isinstance(values, list) and len(values) > 1 and all(type(item) is int for item in values)
+        if not ordered or values != sorted(set(values)) or values[0] < 1:
+            raise self.bad(path, "a list of at least two sizes in ascending order", values)
+        return tuple(values)
 
     def _files(self, entries: dict[str, Any]) -> dict[str, FileEntry]:
         files = {name: self._file(name, entry) for name, entry in entries.items()}

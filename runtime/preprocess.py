@@ -47,6 +47,8 @@ class ImagePreprocessing:
         mean, std: one per channel, in the order of `color`; the input is `(level * scale - mean) / std`.
         layout: "NCHW" or "NHWC".
         pad_value: level (0 to 255) of the bars around a letterboxed image.
+        pixels: the model takes levels, and does the arithmetic of `scale`, `mean` and `std` itself: the input is then
+            uint8, rounded after resizing, in "NCHW".
 
     Raises:
         InputError: a field that is out of range, of the wrong type, or at odds with another.
@@ -62,6 +64,7 @@ class ImagePreprocessing:
     std: tuple[float, ...]
     layout: Layout = "NCHW"
     pad_value: float = 0.0
+    pixels: bool = False
 
     def __post_init__(self) -> None:
         is_size = isinstance(self.size, tuple) and len(self.size) == 2
@@ -83,6 +86,8 @@ class ImagePreprocessing:
         self._require("std", divides, "numbers other than 0, since the input is divided by them")
         is_level = _is_number(self.pad_value) and 0 <= self.pad_value <= 255
         self._require("pad_value", is_level, "a level from 0 to 255")
+        self._require("pixels", isinstance(self.pixels, bool), "true or false")
+        self._require("layout", not self.pixels or self.layout == "NCHW", "NCHW where the model takes pixels")
 
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -99,7 +104,12 @@ class ImagePreprocessing:
         height, width = self.size
         return (1, self.channels, height, width) if self.layout == "NCHW" else (1, height, width, self.channels)
 
-    def __call__(self, image: NDArray[np.uint8] | str | os.PathLike[str]) -> NDArray[np.float32]:
+    @property
+    def dtype(self) -> str:
+        """The dtype of the result: float32, or uint8 where the model takes pixels."""
+        return "uint8" if self.pixels else "float32"
+
+    def __call__(self, image: NDArray[np.uint8] | str | os.PathLike[str]) -> NDArray[np.float32] | NDArray[np.uint8]:
         """Preprocess one image.
 
         Args:
@@ -107,7 +117,7 @@ class ImagePreprocessing:
                 RGB, or `[H, W, 4]` RGB and alpha (transparent parts become white).
 
         Returns:
-            float32 of `output_shape`.
+            `output_shape`, float32; uint8 levels where the model takes `pixels`.
 
         Raises:
             InputError: an image of another dtype or shape, or a file that cannot be read.
@@ -117,6 +127,8 @@ class ImagePreprocessing:
         levels = self._fit(_luma(pixels) if self.color == "gray" else pixels)
         if self.color == "bgr":
             levels = levels[..., ::-1]
+        if self.pixels:
+            return np.ascontiguousarray(np.rint(levels).astype(np.uint8).transpose(2, 0, 1)[None])
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         result = (levels * np.float32(self.scale) - mean) / std  # a single gray channel spreads over three here
         if self.layout == "NCHW":
@@ -158,7 +170,9 @@ class ImagePreprocessing:
             steps = [f"letterbox {size} {self.interpolation}, pad {self.pad_value:g}"]
         else:
             steps = [f"resize {size} {self.interpolation}"]
-        steps += [self.color if self.color == "gray" else self.color.upper(), self._arithmetic(), self.layout]
+        steps += [self.color if self.color == "gray" else self.color.upper()]
+        arithmetic = self._arithmetic()
+        steps += [f"pixels (the model computes {arithmetic})" if self.pixels else arithmetic, self.layout]
         return ", ".join(steps)
 
     def _arithmetic(self) -> str:
@@ -170,10 +184,11 @@ class ImagePreprocessing:
         return text if set(self.std) == {1} else f"{text}/std"
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as JSON: every field, tuples as lists. `from_json` gives an equal recipe."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        """The recipe as JSON: every field, tuples as lists; `pixels` where true. `from_json` gives an equal recipe."""
+        fields = dataclasses.asdict(self)
+        if not self.pixels:  # it came later than the other fields: older recipes are read and written as they were
+            del fields["pixels"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_json(cls, recipe: Mapping[str, Any]) -> ImagePreprocessing:
@@ -190,7 +205,7 @@ class ImagePreprocessing:
                 f"preprocessing: unknown field {', '.join(unknown)}; known: {', '.join(fields)}. "
                 "A newer edgekit may have written this bundle"
             )
-        if missing := [name for name in fields if name not in recipe]:
+        if missing := [name for name in fields if name not in recipe and name != "pixels"]:
             raise BundleError(f"preprocessing: missing field {', '.join(missing)}; export the model again")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()
@@ -199,6 +214,29 @@ class ImagePreprocessing:
             return cls(**values)
         except InputError as error:
             raise BundleError(str(error)) from error
+
+    @classmethod
+    def from_user(cls, recipe: Mapping[str, Any]) -> ImagePreprocessing:
+        """Read what a user wrote for an export: `size`, `mean` and `std` must be there, the others have defaults.
+
+        `pixels` is none of theirs: an export to a target that normalises in the graph sets it.
+
+        Raises:
+            InputError: a field is missing, unknown, of the wrong type or out of range; the message names it.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls) if field.name != "pixels"}
+        if unknown := sorted(map(str, recipe.keys() - set(known))):
+            raise InputError(f"preprocessing: unknown field {', '.join(unknown)}; known: {', '.join(known)}")
+        needed = [name for name, field in known.items() if field.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in recipe]:
+            raise InputError(
+                f"preprocessing: missing field {', '.join(missing)}; a recipe is at least "
+                '{"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}'
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()
+        }
+        return cls(**values)
 
 
 def _is_number(value: object) -> bool:

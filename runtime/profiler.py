@@ -26,7 +26,7 @@ from edgekit.runtime.kernel_library import kernel_kinds, kernel_uses
 from edgekit.runtime.language_inputs import token_inputs
 from edgekit.runtime.op_times import NodeTime, OpTime, op_breakdown
 from edgekit.runtime.profile_results import InputSource, Profile, ProfileComparison
-from edgekit.runtime.session import Array, Session, backend_for, load, random_inputs
+from edgekit.runtime.session import Array, Session, backend_for, load, random_inputs, refuse_timing
 from edgekit.runtime.system import (
     PeakMemory,
     installed_version,
@@ -259,6 +259,7 @@ def _prepare(
     def start() -> tuple[Session, int | None, list[int]]:
         before = thread_count()
         session = load(bundle, backend=backend, threads=threads, kernels=kernels)
+        refuse_timing(session)
         after = thread_count()
         counted = None if before is None or after is None else 1 + max(0, after - before)
         durations = timing.warm_up(_run_timer(session, inputs), policy)

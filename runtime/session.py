@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -92,13 +93,16 @@ def load(
 
     Args:
         bundle: a bundle's folder or packed file, or an opened `Bundle`.
-        backend: `onnxruntime` for onnx bundles, `tvm` for tvm bundles. None takes onnxruntime: a tvm bundle is native
-            code, which runs only where it is asked for by name.
+        backend: `onnxruntime` for onnx bundles, `tvm` for tvm bundles, `coreml` (on a Mac) or `coreml-reference` for
+            coreml bundles; `coreml-reference-fp32` and `-fp16sum` change how the reference rounds and sums (see
+            `edgekit.runtime.mil.interpreter`). None takes onnxruntime, for a coreml bundle `coreml` on macOS and
+            `coreml-reference` elsewhere; a tvm bundle is native code, which runs only where it is asked for by name.
         threads: threads for one run; None leaves it to the backend.
         kernels: for models with ops of edgekit's own. `auto` uses the native kernels that `edgekit kernels build` made
             where they fit this machine, else the function bodies in the model, and says why in `kernels_note`;
             `portable` always uses the bodies; a path names the library to use, or its folder. A tvm bundle has its
-            kernels in its library: `auto` and `portable` say nothing there, and a path is refused.
+            kernels in its library and a coreml bundle has none: `auto` and `portable` say nothing there, and a path is
+            refused.
 
     Raises:
         BundleError: the bundle is damaged, unsafe or newer than this edgekit.
@@ -109,51 +113,78 @@ def load(
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads must be at least 1, got {threads!r}")
     opened = Bundle.open(bundle)
-    _check_backend(opened, backend)
-    if backend == "tvm":
-        if kernels not in ("auto", "portable"):
-            raise InputError(
-                f"{opened.name} has its kernels in its library and cannot take those at {os.fspath(kernels)!r}; leave "
-                "kernels at 'auto' for a tvm bundle"
-            )
+    chosen = _choose_backend(opened, backend)
+    if chosen == "onnxruntime":
+        from edgekit.runtime.onnxruntime_backend import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(opened, threads=threads, kernels=kernels)
+    if kernels not in ("auto", "portable"):
+        why = "has its kernels in its library and" if chosen == "tvm" else "has no nodes for native kernels and"
+        raise InputError(
+            f"{opened.name} {why} cannot take those at {os.fspath(kernels)!r}; leave kernels at 'auto' for a "
+            f"{opened.manifest.target} bundle"
+        )
+    if chosen == "tvm":
         from edgekit.runtime.tvm_backend import TvmSession
 
         return TvmSession(opened, threads=threads)
-    from edgekit.runtime.onnxruntime_backend import OnnxRuntimeSession
+    if chosen == "coreml":
+        from edgekit.runtime.coreml_backend import CoreMLSession
 
-    return OnnxRuntimeSession(opened, threads=threads, kernels=kernels)
+        return CoreMLSession(opened, threads=threads)
+    from edgekit.runtime.coreml_reference import CoreMLReferenceSession
+
+    return CoreMLReferenceSession(opened, backend=chosen, threads=threads)
 
 
-# The backend of each target.
-_BACKENDS = {"onnx": "onnxruntime", "tvm": "tvm"}
+# The backends of each target.
+_BACKENDS = {
+    "onnx": ("onnxruntime",),
+    "tvm": ("tvm",),
+    "coreml": ("coreml", "coreml-reference", "coreml-reference-fp32", "coreml-reference-fp16sum"),
+}
 
 
 def backend_for(bundle: Bundle, backend: str | None) -> str | None:
     """`backend` where it runs bundles of this target, else None: one that was asked for serves one side of a pair."""
     _check_known(backend)
-    return backend if _BACKENDS.get(bundle.manifest.target) == backend else None
+    return backend if backend in _BACKENDS.get(bundle.manifest.target, ()) else None
+
+
+def refuse_timing(session: Session) -> None:
+    """Raise `InputError` for a session whose time says nothing of a device."""
+    if session.backend.startswith("coreml-reference"):
+        raise InputError(
+            f"the reference runtime's time says nothing of a device; to time {session.bundle.name}, copy it to a Mac "
+            "and run its check_on_mac.py, or profile it there with --backend coreml"
+        )
 
 
 def _check_known(backend: str | None) -> None:
-    if backend is not None and backend not in _BACKENDS.values():
-        raise UnknownNameError("backend", str(backend), _BACKENDS.values())
+    known = [name for names in _BACKENDS.values() for name in names]
+    if backend is not None and backend not in known:
+        raise UnknownNameError("backend", str(backend), known)
 
 
-def _check_backend(bundle: Bundle, backend: str | None) -> None:
-    """Raise unless `backend` (None: onnxruntime) runs bundles of this target."""
+def _choose_backend(bundle: Bundle, backend: str | None) -> str:
+    """What runs this bundle: `backend`, or its target's own where that is None. Raises where there is none."""
     target = bundle.manifest.target
     _check_known(backend)
     if target not in _BACKENDS:
         raise UnknownNameError("target (of this bundle)", target, _BACKENDS)
-    wanted = _BACKENDS[target]
-    if (backend or "onnxruntime") == wanted:
-        return
-    if backend is None:
+    fitting = _BACKENDS[target]
+    if backend in fitting:
+        return backend
+    if backend is not None:
+        raise InputError(
+            f"the backend {backend} cannot run {bundle.name}, a bundle for {target}; it takes {' or '.join(fitting)}"
+        )
+    if target == "tvm":
         raise InputError(
             f"{bundle.name} holds native code, which runs only where it is asked for. If you trust where it came from: "
-            f"edgekit.load(bundle, backend={wanted!r}), on the command line --backend {wanted}"
+            f"edgekit.load(bundle, backend={fitting[0]!r}), on the command line --backend {fitting[0]}"
         )
-    raise InputError(f"the backend {backend} cannot run {bundle.name}, a bundle for {target}; it takes {wanted}")
+    return "coreml-reference" if target == "coreml" and sys.platform != "darwin" else fitting[0]
 
 
 def check_inputs(
@@ -238,7 +269,8 @@ def _draw(generator: np.random.Generator, spec: TensorSpec, sizes: Mapping[str, 
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
     if spec.dtype.startswith("float"):
         return generator.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
-    limit = spec.index_limit(sizes)
+    levels = spec.preprocessing is not None and spec.preprocessing.pixels
+    limit = 256 if levels else spec.index_limit(sizes)
     if limit is None:
         return generator.integers(0, 2, shape).astype(spec.dtype)
     return generator.integers(0, min(limit, int(np.iinfo(spec.dtype).max) + 1), shape).astype(spec.dtype)

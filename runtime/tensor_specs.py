@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from edgekit.runtime.preprocess import ImagePreprocessing
@@ -15,15 +15,29 @@ Dim = int | str
 
 @dataclass(frozen=True)
 class DimRange:
-    """The sizes that a symbolic dimension may take: `min` to `max`, both included; `max` None means no upper bound."""
+    """The sizes that a symbolic dimension may take: `min` to `max`, both included; `max` None means no upper bound.
+
+    `values`, where given, are the only sizes, in ascending order: the first is `min`, the last `max`.
+    """
 
     min: int = 1
     max: int | None = None
+    values: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, sizes: Iterable[int]) -> DimRange:
+        """The range that holds these sizes alone."""
+        values = tuple(sorted(set(sizes)))
+        return cls(values[0], values[-1], values)
 
     def __contains__(self, size: int) -> bool:
+        if self.values is not None:
+            return size in self.values
         return self.min <= size and (self.max is None or size <= self.max)
 
     def __str__(self) -> str:
+        if self.values is not None:
+            return "/".join(map(str, self.values))
         return f"{self.min}..{'' if self.max is None else self.max}"
 
 

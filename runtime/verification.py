@@ -114,7 +114,7 @@ def tolerance_for(manifest: Manifest, tolerance: float | None = None) -> float:
     if tolerance is None:
         recorded = manifest.verification.get("tolerance")
         if not isinstance(recorded, float):
-            return output_tolerance(manifest.precision)
+            return output_tolerance(manifest.precision, manifest.target)
         tolerance = recorded
     if not 0 < tolerance < 1:
         raise InputError(f"a tolerance is a relative L2 error between 0 and 1, such as 2e-5; got {tolerance}")
@@ -260,19 +260,38 @@ def verify(
     accuracy = None
     checks: list[Check] = []
     nodes: list[NodeKernel] = []
+    notes: dict[str, None] = {}
     for name, part in opened.parts().items():
         session = load(part, backend=backend, threads=threads, kernels=kernels)
         accuracy = measure_accuracy(session, data) if data is not None else None
         checks.append(of_part(name, verify_samples(session, tolerance=tolerance)))
         nodes += session.kernels
+        notes |= dict.fromkeys(not_run(session))
     return Verification(
         opened.name,
         opened.manifest.precision,
         tuple(checks),
         accuracy=accuracy,
-        not_checked=("live PyTorch: this is the torch-free runtime",),
+        not_checked=("live PyTorch: this is the torch-free runtime", *notes),
         kernels=kernel_uses(tuple(nodes)),
     )
+
+
+def not_run(session: Session) -> list[str]:
+    """What these checks say nothing of, in words: the device's own runtime that the reference runtime stood in for."""
+    if not session.backend.startswith("coreml-reference"):
+        return []
+    notes = [
+        "Apple's runtime (CPU, GPU, Neural Engine): these are the answers of edgekit's reference runtime "
+        f"({session.backend}); on a Mac, run the bundle's check_on_mac.py"
+    ]
+    if session.backend.endswith("fp16sum"):
+        notes.append(
+            "what a device does: this backend adds up in fp16, one term after the other, which is the worst that one "
+            "may do. The tolerance is that of sums in fp32: to differ here says how sensitive the model is, not that "
+            "the package is wrong"
+        )
+    return notes
 
 
 def of_part(name: str, check: Check) -> Check:

@@ -7,6 +7,7 @@ import os
 # Before torch: several test processes with a thread per core each would mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import hashlib
 import json
 import shutil
@@ -119,6 +120,17 @@ def tiny_bundle(make_bundle: MakeBundle) -> Bundle:
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`shvit_digits` at fp32: a real, trained model. Do not change it; copy it first."""
     return edgekit.export("shvit_digits", "onnx", tmp_path_factory.mktemp("digits")).path
+
+
+@pytest.fixture(scope="session")
+def coreml_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """A zoo model's bundle for Core ML in a layout, exported when a test first asks for it. Copy it to change it."""
+
+    @functools.cache
+    def export(name: str, layout: str = "standard") -> Bundle:
+        return edgekit.export(name, "coreml", tmp_path_factory.mktemp(layout), layout=layout)
+
+    return export
 
 
 @pytest.fixture

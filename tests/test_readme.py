@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,10 @@ def test_commands_and_programs_run_as_written(
             if command == "edgekit kernels build" and not (compilers() and headers()):
                 continue
             assert run_command(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+        for command in typed(text, "python3"):
+            words = [sys.executable, *shlex.split(command)[1:]]
+            ran = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert ran.returncode == 0, (command, ran.stderr)
 
 
 def test_links_lead_somewhere() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgekit.devices import profile as profile
     from edgekit.errors import EdgekitError as EdgekitError
     from edgekit.export import export as export
+    from edgekit.export.lint import lint as lint
     from edgekit.export.verification import verify as verify
     from edgekit.models import create_model as create_model
     from edgekit.models import fuse as fuse
@@ -39,6 +40,7 @@ _HOMES = {
     "create_model": "edgekit.models",
     "fuse": "edgekit.models",
     "generate": "edgekit.runtime.generation",
+    "lint": "edgekit.export.lint",
     "list_models": "edgekit.models",
     "load": "edgekit.runtime.session",
     "load_generator": "edgekit.runtime.generation",
@@ -56,6 +58,7 @@ __all__ = [
     "export",
     "fuse",
     "generate",
+    "lint",
     "list_models",
     "load",
     "load_generator",

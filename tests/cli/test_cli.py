@@ -215,7 +215,7 @@ def test_doctor_finds_what_is_installed(cli: Cli) -> None:
     [
         (["export", "shvit_s9", "--target", "onnx"], "unknown model 'shvit_s9'; did you mean shvit_s"),
         (["export", "shvit_s1", "--target", "onxx"], "unknown target 'onxx'; did you mean onnx?"),
-        (["export", "shvit_digits", "--target", "onnx,coreml"], "unknown target 'coreml'"),
+        (["export", "shvit_digits", "--target", "onnx,jetson"], "unknown target 'jetson'"),
         (["export", "shvit_s1", "--target", "onnx", "--precision", "fp61"], "did you mean fp16"),
         (["export", "shvit_digits", "--target", "onnx", "--shape", "image:1x3x32"], "does not run on image [1, 3, 32]"),
         (["export", "shvit_digits", "--target", "onnx", "--shape", "image=1x1"], "cannot read the shape"),
@@ -307,12 +307,12 @@ def test_bundle_that_differs_from_pytorch_fails_with_code_1(cli: Cli, broken: Pa
 
 
 def test_interrupted_export_leaves_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekit.export import api
+    from edgekit.export import steps
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "verify_samples", interrupt)
+    monkeypatch.setattr(steps, "verify_samples", interrupt)
     assert cli("export", "shvit_digits", "--target", "onnx", "-o", tmp_path) == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,9 @@ import edgekit
 from edgekit import models
 from edgekit.errors import BundleError, ExportError, InputError, MissingDependencyError, ShapeError, UnknownNameError
 from edgekit.export import api
+from edgekit.export.plan import make_plan
+from edgekit.export.source import load_model
+from edgekit.export.steps import recorded_tolerance
 from edgekit.models import registry
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.tolerances import OUTPUT_REL_L2
@@ -118,7 +121,7 @@ class TestOptions:
                 InputError,
                 r"makes \[1, 3, 9, 9\], the model's first input",
             ),
-            ({"preprocessing": {"size": [8, 8]}}, BundleError, "preprocessing: missing field"),
+            ({"preprocessing": {"size": [8, 8]}}, InputError, "preprocessing: missing field"),
             ({"labels": ["cat", "dog", "bird"]}, InputError, "there are 3 labels for the model's 2 classes"),
             ({"labels": "cat,dog"}, InputError, "labels must be a list of names"),
             ({"name": "../up"}, InputError, r"the name '\.\./up' must|name .*'\.\./up'"),
@@ -325,6 +328,16 @@ class TestToleranceOfTheZoo:
         with pytest.raises(ExportError, match="tolerance 1e-09"):
             student(1e-9)
         assert left(tmp_path / "out") == []
+
+    @pytest.mark.parametrize(("precision", "expected"), [("fp16", 0.03), ("int4", 0.4), ("fp32", None)])
+    def test_of_core_ml_is_for_what_computes_in_fp16(self, precision, expected):
+        entry = dataclasses.replace(models.model_entry("lighthgnn_digits"), half_tolerance=0.03)
+        loaded = dataclasses.replace(load_model("lighthgnn_digits"), entry=entry)
+        plan = make_plan(loaded, "features:1x64", None, None, 20, 0, True, None, lambda _: None)
+        assert recorded_tolerance(plan, precision, "coreml") == expected
+        assert recorded_tolerance(plan, precision, "onnx") is None
+        own = dataclasses.replace(plan, tolerance=0.5)
+        assert recorded_tolerance(own, precision, "coreml") == 0.5
 
     def test_is_for_fp32_alone(self, student):
         assert self.recorded(student(1e-4, precision="fp16")) == (None, {OUTPUT_REL_L2["fp16"]})

@@ -164,7 +164,7 @@ class TestCalibration:
             export(small(), "x:1x3x8x8", precision="int8")
 
     def test_for_another_precision(self, export):
-        with pytest.raises(InputError, match="calibration data is for --precision int8; this export is fp16"):
+        with pytest.raises(InputError, match="calibration data is for onnx in int8; this export is fp16"):
             export(small(), "x:1x3x8x8", precision="fp16", calibration="random")
 
     def test_digits_need_image_preprocessing(self, export):

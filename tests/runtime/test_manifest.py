@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edgekit.errors import BundleError
 from edgekit.runtime.manifest import (
     SCHEMA,
+    CoreMLInfo,
     CustomOp,
     DimRange,
     FileEntry,
@@ -22,6 +23,7 @@ from edgekit.runtime.manifest import (
     Graph,
     Manifest,
     ModelInfo,
+    StateSpec,
     TensorSpec,
     TokenizerInfo,
     WeightsInfo,
@@ -111,6 +113,41 @@ def language_model() -> Manifest:
 LANGUAGE = language_model()
 
 
+def package() -> Manifest:
+    """A language model as one Core ML package with two functions and a state, and an input of listed sizes."""
+    decode = LANGUAGE.decode
+    assert decode is not None
+    states = tuple(
+        StateSpec(f"{kind}_cache", "float16", (1, 1, 64, 2), f"past_key_values.0.{kind}", f"present.0.{kind}")
+        for kind in ("key", "value")
+    )
+    files = dict(LANGUAGE.files)
+    del files["decode.onnx"]
+    return dataclasses.replace(
+        LANGUAGE,
+        target="coreml",
+        precision="palette4",
+        files=files,
+        dims=LANGUAGE.dims | {"S": DimRange.of((32, 8, 16))},
+        decode=dataclasses.replace(decode, file="model.onnx", function="decode"),
+        coreml=CoreMLInfo(
+            deployment_target="iOS18",
+            specification_version=9,
+            function="prefill_32",
+            functions=("prefill_32", "decode"),
+            layout="ane",
+            image_input="input_ids",
+            input_dtypes={"input_ids": "int64"},
+            label_outputs=("classLabel",),
+            states=states,
+            compression={"weights": "palette4", "share": 0.9},
+        ),
+    )
+
+
+PACKAGE = package()
+
+
 def data_of(manifest: Manifest = FULL) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(manifest.to_json())
     return data
@@ -138,7 +175,7 @@ ALL_PATHS = paths(data_of())
 STRANGE: list[Any] = [None, True, -1, 0, 2**70, 1.5, "", "x", "../x", "N", [], [[]], [None], {}, {"x": 1}, {"": None}]
 
 
-@pytest.mark.parametrize("manifest", [FULL, LANGUAGE], ids=["full", "language model"])
+@pytest.mark.parametrize("manifest", [FULL, LANGUAGE, PACKAGE], ids=["full", "language model", "package"])
 def test_full_manifest_reads_back(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
@@ -173,6 +210,52 @@ def test_weights_in_a_file_of_their_own_need_schema_3() -> None:
     """An older reader would say that the bundle was edited, rather than that it is too new."""
     files = FULL.files | {"weights.bin": FileEntry("weights", 1, "d" * 64)}
     assert data_of(dataclasses.replace(FULL, files=files))["schema"] == 3
+
+
+def test_a_package_and_listed_sizes_need_schema_4() -> None:
+    data = data_of(PACKAGE)
+    assert data["schema"] == 4
+    assert data["dims"]["S"] == {"min": 8, "max": 32, "values": [8, 16, 32]}
+    assert "values" not in data["dims"]["P"]
+    assert data_of(dataclasses.replace(FULL, dims=FULL.dims | {"N": DimRange.of((1, 3))}))["schema"] == 4
+
+
+def test_listed_sizes_are_the_only_ones() -> None:
+    sizes = DimRange.of((224, 192))
+    assert (192 in sizes, 224 in sizes, 200 in sizes, str(sizes)) == (True, True, False, "192/224")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("coreml",), None, "'decode.function' must be a function of the package, for Core ML alone"),
+        (("target",), "onnx", "'coreml' must be given for the target coreml"),
+        (("coreml", "deployment_target"), "iOS15", "deployment_target' must be one of iOS16, iOS17, iOS18"),
+        (("coreml", "function"), "other", "'coreml.function' must be one of prefill_32, decode"),
+        (("coreml", "layout"), "nhwc", "'coreml.layout' must be one of standard, ane"),
+        (("coreml", "image_input"), "photo", "'coreml.image_input' must be the name of an input"),
+        (("coreml", "input_dtypes", "input_ids"), "system", "must be 'int64'"),
+        (("coreml", "states", 0, "output"), "gone", "whose input and output the manifest has"),
+        (("coreml", "states", 0, "dtype"), "int8", "must be one of float16, float32"),
+        (("coreml", "states", 0, "shape"), [-1], "must be at least 0"),
+        (("coreml", "compression", "x"), [], "a text, a number, true or false"),
+        (("decode", "function"), "other", "'decode.function' must be a function of the package"),
+        (("decode", "function"), None, "'decode.function' must be a function of the package"),
+        (("dims", "S", "values"), [8, 32, 16], "in ascending order"),
+        (("dims", "S", "values"), [8, 16], "from the min, 8, to the max, 32"),
+        (("dims", "S", "values"), [8], "at least two sizes"),
+    ],
+    ids=lambda item: ".".join(map(str, item)) if isinstance(item, tuple) else None,
+)
+def test_a_package_that_makes_no_sense_is_refused(path: tuple[Any, ...], value: Any, words: str) -> None:
+    with pytest.raises(BundleError, match=re.escape(words)):
+        Manifest.from_json(json.dumps(put(data_of(PACKAGE), path, value)))
+
+
+@pytest.mark.parametrize("path", paths(data_of(PACKAGE)["coreml"]), ids=lambda path: ".".join(map(str, path)) or "all")
+def test_any_field_of_a_package(path: tuple[Any, ...]) -> None:
+    for value in STRANGE:
+        try_to_read(json.dumps(put(data_of(PACKAGE), ("coreml", *path), value)))
 
 
 @pytest.mark.parametrize("path", paths(data_of(LANGUAGE))[1:], ids=lambda path: ".".join(map(str, path)))

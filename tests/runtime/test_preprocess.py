@@ -260,3 +260,60 @@ def test_a_missing_field_is_named() -> None:
 def test_a_recipe_that_is_no_object_is_refused(recipe: Any) -> None:
     with pytest.raises(BundleError, match="expected an object with fields, got"):
         ImagePreprocessing.from_json(recipe)
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "gray"])
+def test_a_model_that_takes_pixels_gets_rounded_levels(color: str) -> None:
+    """Normalising the levels gives what the recipe gives, but for the rounding of levels after resizing."""
+    channels = 1 if color == "gray" else 3
+    mean, std = (0.2, 0.4, 0.6)[:channels], (0.5, 0.25, 0.125)[:channels]
+    recipe = ImagePreprocessing(size=(5, 7), color=color, mean=mean, std=std)  # type: ignore[arg-type]
+    image = noise(9, 11, 3)
+    levels = dataclasses.replace(recipe, pixels=True)(image)
+    assert (levels.dtype, levels.shape, levels.flags.c_contiguous) == (np.uint8, recipe.output_shape, True)
+    per_channel = (np.array(values, np.float32).reshape(1, -1, 1, 1) for values in (mean, std))
+    normalised = (lambda m, s: (levels / np.float32(255) - m) / s)(*per_channel)
+    assert np.abs(normalised - recipe(image)).max() <= 0.5 / 255 / min(std) * 1.0001
+    same_size = dataclasses.replace(recipe, size=(9, 11))
+    assert color == "gray" or np.array_equal(
+        dataclasses.replace(same_size, pixels=True)(image)[0, 0], image[..., 0 if color == "rgb" else 2]
+    )
+
+
+def test_pixels_travel_in_the_recipe_and_older_recipes_have_none() -> None:
+    assert "pixels" not in DIGITS.to_json()
+    taking = dataclasses.replace(DIGITS, pixels=True)
+    assert ImagePreprocessing.from_json(json.loads(json.dumps(taking.to_json()))) == taking
+    assert "pixels (the model computes (x/255 - mean)/std)" in taking.describe()
+    with pytest.raises(InputError, match=r"preprocessing\.pixels: expected true or false"):
+        dataclasses.replace(DIGITS, pixels=1)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="NCHW where the model takes pixels"):
+        dataclasses.replace(PLAIN, pixels=True)
+
+
+class TestFromUser:
+    """A recipe that somebody writes for an export."""
+
+    def test_what_is_left_out_has_its_default(self) -> None:
+        given = {"size": [18, 14], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+        assert ImagePreprocessing.from_user(given) == ImagePreprocessing(
+            size=(18, 14), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"fit": "cover"}, "unknown field fit; known: size, resize, .*pad_value$"),
+            ({"pixels": True}, "unknown field pixels"),
+            ({"color": "cmyk"}, "color"),
+            ({"size": 18}, "size"),
+        ],
+        ids=["unknown", "pixels", "color", "size"],
+    )
+    def test_faults_are_the_users(self, change: dict[str, object], words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            ImagePreprocessing.from_user({"size": [18, 14], "mean": [0.5] * 3, "std": [0.25] * 3, **change})
+
+    def test_missing_fields_are_named_with_a_whole_recipe(self) -> None:
+        with pytest.raises(InputError, match=r"missing field mean, std; a recipe is at least \{\"size\": \[224, 224\]"):
+            ImagePreprocessing.from_user({"size": [18, 14]})

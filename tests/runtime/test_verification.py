@@ -238,8 +238,8 @@ def test_a_model_without_class_scores(tiny_bundle: Bundle) -> None:
 
 
 def test_the_table_of_tolerances() -> None:
-    assert set(OUTPUT_REL_L2) == set(LAYER_REL_L2) == set(PRECISIONS)
-    for precision in PRECISIONS:
+    assert set(OUTPUT_REL_L2) == set(LAYER_REL_L2) == set(PRECISIONS["onnx"])
+    for precision in PRECISIONS["onnx"]:
         assert 0 < output_tolerance(precision) <= layer_tolerance(precision) < 1
     for tolerance in (output_tolerance, layer_tolerance):
         with pytest.raises(UnknownNameError, match="unknown precision 'fp8'; did you mean fp32, fp16"):

@@ -19,8 +19,10 @@ from edgekit.cli.console import Output
 from edgekit.cli.train import train_app
 from edgekit.errors import EdgekitError, InputError, UnknownNameError
 from edgekit.export import TARGETS
+from edgekit.export.coreml_options import coreml_options
 from edgekit.runtime.generation_output import PromptOptions
 from edgekit.runtime.kernel_library import KERNELS_HELP
+from edgekit.runtime.tolerances import check_precision, default_precision
 
 # typer brings its own copy of click in some versions and depends on it in others; this is its base error in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -48,7 +50,10 @@ Kernels = Annotated[
 
 Backend = Annotated[
     str | None,
-    typer.Option(help="onnxruntime, or tvm: run the native code of a tvm bundle. Default: onnxruntime."),
+    typer.Option(
+        help="onnxruntime; tvm: run the native code of a tvm bundle; coreml (on a Mac), coreml-reference and its "
+        "variants -fp32 and -fp16sum. Default: what runs the bundle here; tvm only if named."
+    ),
 ]
 
 Tolerance = Annotated[
@@ -85,14 +90,20 @@ def export(
             metavar="MODEL", help="A zoo name, package.module:factory, a .pt2 file, or a Hugging Face directory."
         ),
     ],
-    target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx, tvm.")],
+    target: Annotated[str, typer.Option("--target", help="Targets, separated by commas: onnx, coreml, tvm.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to put bundles into.")] = Path("out"),
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; of a language model fp32 or int4.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: fp32, fp16 or int8; of a language model fp32 or int4. coreml: fp16, fp32, and weights in int8, "
+            "int4, palette4, palette6 or palette8. Default: fp16 for coreml, else fp32."
+        ),
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME:1x3x224x224, or 'NAME:Nx3x224x224 | 1..8' for a dynamic batch; 'NAME:P@int64<V' for integers "
-            "from 0 to V-1. Once per input."
+            help="NAME:1x3x224x224, or 'NAME:Nx3x224x224 | 1..8' for a dynamic batch; 'NAME:1x3xSxS | S=192/224/256' "
+            "for listed sizes; 'NAME:P@int64<V' for integers from 0 to V-1. Once per input."
         ),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights for a zoo model: a file, a folder, or 'random'.")] = None,
@@ -122,6 +133,17 @@ def export(
         str | None,
         typer.Option(metavar="ARCHS", help="Put edgekit's kernels into the bundle as C objects: x86-64-v3,aarch64."),
     ] = None,
+    deployment_target: Annotated[
+        str | None,
+        typer.Option(metavar="iOS16|iOS17|iOS18", help="For coreml: the oldest system that shall run it."),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(metavar="standard|ane", help="For coreml: ane rewrites for the Neural Engine.")
+    ] = "standard",
+    input_kind: Annotated[
+        str | None,
+        typer.Option("--input", metavar="image|tensor", help="For coreml: what the first input is. Default: image."),
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Also write the bundle as one zip file.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -131,8 +153,21 @@ def export(
     for each in targets:  # all of them before the first export takes its time
         if each not in TARGETS:
             raise UnknownNameError("target", each, TARGETS)
+        check_precision(each, precision or default_precision(each))
     if "tvm" not in targets and (arch is not None or tune):
         raise InputError(f"--arch and --tune are for the target tvm; this export is to {target}")
+    if "coreml" not in targets and (deployment_target is not None or layout != "standard" or input_kind is not None):
+        raise InputError(
+            f"--deployment-target, --layout and --input are for the target coreml; this export is to {target}"
+        )
+    if "coreml" in targets:
+        coreml_options(precision or default_precision("coreml"), deployment_target, layout, input_kind)
+    archs = [part.strip() for part in kernels.split(",")] if kernels is not None else None
+
+    def takes(option_of: tuple[str, ...], each: str) -> bool:
+        """Whether an option goes to a target: to those that have it; where none of them has, to all, to be refused."""
+        return each in option_of or not set(option_of) & set(targets)
+
     bundles = []
     for each in targets:
         with output.steps(f"export {model} to {each}") as step:
@@ -143,17 +178,20 @@ def export(
                 precision=precision,
                 shapes=shape,
                 weights=weights,
-                calibration=calibration,
+                calibration=calibration if takes(("onnx",), each) else None,
                 labels=read_lines(labels),
                 preprocessing=read_json(preprocessing),
                 name=name,
-                opset=opset,
+                opset=opset if takes(("onnx",), each) else None,
                 seed=seed,
                 check=check,
                 tolerance=tolerance,
                 arch=arch if each == "tvm" else None,
                 tune=tune if each == "tvm" else 0,
-                kernels=[part.strip() for part in kernels.split(",")] if kernels is not None else None,
+                kernels=archs if takes(("onnx", "tvm"), each) else None,
+                deployment_target=deployment_target if each == "coreml" else None,
+                layout=layout if each == "coreml" else "standard",
+                input=input_kind if each == "coreml" else None,
                 progress=step,
                 overrides=parse_options(option),
             )
@@ -286,6 +324,21 @@ def run(
         threads=threads,
         kernels=kernels,
     )
+
+
+@app.command()
+def lint(
+    bundle: BundlePath,
+    function: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A function of the package. Default: the one the bundle runs.")
+    ] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="Also list every op.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what of a Core ML BUNDLE likely suits the Neural Engine."""
+    from edgekit.cli.lint import run as run_lint
+
+    run_lint(Output(as_json=as_json), bundle, function=function, ops=ops)
 
 
 @app.command()

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit.cli.console import Output
-from edgekit.cli.inspection import generation_lines, tensor_lines
+from edgekit.cli.inspection import coreml_export_lines, coreml_lines, generation_lines, tensor_lines
 from edgekit.errors import InputError
 from edgekit.models.registry import ImageInput, ModelEntry, TokenInput
 from edgekit.runtime.bundle import Bundle
+from edgekit.runtime.coreml_generation import prefill_sizes
 from edgekit.runtime.datasets import load_dataset
 from edgekit.runtime.images import is_image
 from edgekit.runtime.kernel_library import bundle_kernels, kernel_lines
+from edgekit.runtime.mac_report import mac_lines, read_mac_report
 from edgekit.runtime.profiler import Profile, ProfileComparison
 from edgekit.runtime.report import bytes_, comparison_lines, percent, profile_lines
 from edgekit.runtime.session import Session
@@ -129,6 +131,10 @@ def exported(output: Output, bundles: Sequence[Bundle]) -> None:
     first = bundles[0]
     where = ", on the bundle's device" if first.manifest.verification.get("reason") else ""
     backend = " --backend tvm" if first.manifest.target == "tvm" else ""
+    for bundle in bundles:
+        if bundle.path.is_dir():  # a packed one holds what the folder beside it says
+            for line in coreml_export_lines(bundle):
+                output.line(line)
     output.line(f"next{where}: edgekit verify {first.path}{backend}")
     output.json([_bundle_json(bundle) for bundle in bundles])
 
@@ -333,15 +339,19 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     )
     opsets = ", ".join(f"{domain} {version}" for domain, version in manifest.opsets.items())
     versions = f", opset {opsets}, IR {manifest.ir_version}" if opsets else ""
+    if manifest.coreml is not None:
+        versions = ""
     if compiled is not None:
         versions = f", native code for {compiled['arch']}"
     output.line(f"{bundle.name}: {model.source}, {model.parameters:,} parameters{macs}", "bold")
     output.line(f"weights    {origin} (SHA-256 {weights.sha256[:16]}..)")
     output.line(f"target     {manifest.target}, {manifest.precision}{versions}")
+    for line in coreml_lines(manifest):
+        output.line(line)
     if manifest.calibration:
         output.line(f"calibrated on {manifest.calibration}")
     if manifest.generation is not None:
-        for line in generation_lines(manifest.generation):
+        for line in generation_lines(manifest.generation, list(prefill_sizes(bundle))):
             output.line(line)
     for name, part in bundle.parts().items():
         if name:
@@ -370,6 +380,10 @@ def inspect(output: Output, bundle: Bundle, kernels: str = "auto") -> None:
     if compiled is not None and compiled["kernels"]:
         served = [(entry["node"], entry["op"], entry["symbol"]) for entry in compiled["kernels"]]
         output.table(("node", "custom op", "kernel in the library"), served)
+        output.line()
+    if (measured_on_mac := read_mac_report(bundle)) is not None:
+        for line in mac_lines(measured_on_mac):
+            output.line(line)
         output.line()
     files = [(name, entry.role, bytes_(entry.size), entry.sha256) for name, entry in manifest.files.items()]
     output.table(("file", "role", "size", "SHA-256 (checked)"), files, right=("size",))
