@@ -28,11 +28,12 @@ from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.coreml_generation import prefill_view
 from edgekit.runtime.manifest import Manifest
 from edgekit.runtime.session import Array, Session, load
-from edgekit.runtime.tolerances import INT4_LOGITS_REL_L2
+from edgekit.runtime.tolerances import INT4_LOGITS_REL_L2, layer_tolerance, output_tolerance
 from edgekit.runtime.verification import (
     Check,
     Verification,
     check_outputs,
+    not_run,
     of_part,
     tolerance_for,
     verify_samples,
@@ -102,7 +103,7 @@ def verify_package(
 
     Args:
         loaded: what the bundle was exported from.
-        layers: asked for, it adds a note: the layers of these functions are not compared.
+        layers: compare the main prefill function layer by layer, too.
         inputs: how many fresh texts each graph gets; the other prefill functions get one, as long as they take.
 
     Raises:
@@ -141,9 +142,21 @@ def verify_package(
         checks += [
             of_part(graph.name, check) for check in _live(session, graph, states, decoder, limit, [graph.tokens])
         ]
+    notes += not_run(session)
+    report = None
     if layers:
-        notes.append("the functions of a language model's package are not compared layer by layer")
-    return Verification(bundle.name, manifest.precision, tuple(checks), None, None, tuple(notes), ())
+        from edgekit.export.layers_coreml import compare_function_layers
+
+        step(f"compare {manifest.coreml.function} layer by layer")
+        report = compare_function_layers(bundle, graphs[manifest.coreml.function], _layer_tolerance(manifest))
+    return Verification(bundle.name, manifest.precision, tuple(checks), None, report, tuple(notes), ())
+
+
+def _layer_tolerance(manifest: Manifest) -> float:
+    """As far above the table's as the logits of a language model may lie above the outputs of other models."""
+    assert manifest.coreml is not None  # of every bundle for Core ML
+    compute = manifest.coreml.compute_precision
+    return layer_tolerance(compute) * LOGITS_REL_L2[compute] / output_tolerance(compute)
 
 
 def _view(bundle: Bundle, graph: StateGraph) -> Bundle:

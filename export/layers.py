@@ -62,14 +62,11 @@ def compare_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
         raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
     actual = _run_with_outputs(bundle, graph, inputs, list(shared.values()), set(outputs.values()))
     found = {name: actual[tensor] for name, tensor in shared.items()}
-    return report_layers(recorder, found, manifest.precision, manifest.target)
+    return report_layers(recorder, found, layer_tolerance(manifest.precision, manifest.target))
 
 
-def report_layers(
-    recorder: Recorder, actual: Mapping[str, np.ndarray[Any, Any]], precision: str, target: str
-) -> LayerReport:
+def report_layers(recorder: Recorder, actual: Mapping[str, np.ndarray[Any, Any]], tolerance: float) -> LayerReport:
     """Compare what the other side computed, by the names of the recorder's layers, with what it recorded."""
-    tolerance = layer_tolerance(precision, target)
     layers = []
     for name, array in actual.items():
         node, value = recorder.nodes[name], recorder.values[name]

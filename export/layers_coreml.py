@@ -7,7 +7,7 @@ side only and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from edgekit.errors import ExportError, NothingToCompareError
 from edgekit.export import onnx as onnx_target
 from edgekit.export.coreml import VALUE_SUFFIX
 from edgekit.export.coreml_faults import decompositions
+from edgekit.export.coreml_language_graphs import RULES, StateGraph
+from edgekit.export.coreml_tools import quiet_tools
 from edgekit.export.coreml_trace import Traced, trace
 from edgekit.export.layers import Recorder, report_layers
 from edgekit.export.plan import Plan
@@ -26,11 +28,13 @@ from edgekit.export.source import LoadedModel
 from edgekit.runtime.bundle import Bundle
 from edgekit.runtime.coreml_reference import CoreMLReferenceSession
 from edgekit.runtime.session import Array, random_inputs
+from edgekit.runtime.tolerances import layer_tolerance
 from edgekit.runtime.verification import LayerReport
 
 if TYPE_CHECKING:
     from edgekit.runtime.mil import OpCall
 
+_SMALLEST_NORMAL = float(np.finfo(np.float16).tiny)
 _KEPT = "edgekit_fp32_"  # how the lowering of an op of ours marks what stays in fp32
 
 
@@ -45,14 +49,50 @@ def compare_coreml_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
         NothingToCompareError: the two programs share no value.
         ExportError: the model can no longer be traced as it was.
     """
-    manifest = bundle.manifest
-    inputs = next(iter(bundle.samples()), (None, None))[0] or random_inputs(manifest.inputs, manifest.dims)
     traced = _traced(bundle, replace(loaded, prepare=None))
     with onnx_target.quiet():
         program = traced.program.run_decompositions(decompositions())
+    inputs = _inputs(bundle)
+    tolerance = layer_tolerance(bundle.manifest.precision, bundle.manifest.target)
+    report = _compare(bundle, program, _arguments(traced.shapes, inputs), inputs, tolerance)
+    # The model is called `module` in the wrapper that was traced.
+    own = tuple(replace(layer, module=layer.module.removeprefix("module").removeprefix(".")) for layer in report.layers)
+    return replace(report, layers=own, first_bad=next((layer for layer in own if not layer), None))
+
+
+def compare_function_layers(bundle: Bundle, graph: StateGraph, tolerance: float) -> LayerReport:
+    """As `compare_coreml_layers`, for one function of a language model's package.
+
+    Args:
+        bundle: the package as a bundle of this function.
+        graph: the function, with the weights that the package holds.
+        tolerance: the largest relative L2 error of a layer that passes.
+    """
+    with quiet_tools():
+        program = graph.trace().run_decompositions(decompositions() | RULES)
+    inputs = _inputs(bundle)
+    taken = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in graph.inputs[:2]]
+    return _compare(bundle, program, taken, inputs, tolerance)
+
+
+def _inputs(bundle: Bundle) -> dict[str, Array]:
+    """The first stored sample, or a seeded input."""
+    manifest = bundle.manifest
+    return next(iter(bundle.samples()), (None, None))[0] or random_inputs(manifest.inputs, manifest.dims)
+
+
+def _compare(
+    bundle: Bundle,
+    program: torch.export.ExportedProgram,
+    arguments: Sequence[torch.Tensor],
+    inputs: dict[str, Array],
+    tolerance: float,
+) -> LayerReport:
+    manifest = bundle.manifest
+    half = manifest.coreml is not None and manifest.coreml.compute_precision == "fp16"
     recorder = Recorder(program.module(check_guards=False))
     with torch.no_grad():
-        recorder.run(*_arguments(traced.shapes, inputs))
+        recorder.run(*arguments)
     session = CoreMLReferenceSession(bundle)
     actual: dict[str, Array] = {}
 
@@ -64,13 +104,16 @@ def compare_coreml_layers(bundle: Bundle, loaded: LoadedModel) -> LayerReport:
     results = session.run_traced(inputs, keep)
     nodes = [str(name) for name in program.graph_signature.user_outputs]
     actual |= {node: results[spec.name] for node, spec in zip(nodes, manifest.outputs, strict=False)}
-    layers = list(_shared(recorder.values, actual))
+    # What lies below fp16's normal numbers, such as the eps of a norm, has no relative precision to speak of.
+    wanted = {name: value for name, value in recorder.values.items() if not half or _peak(value) >= _SMALLEST_NORMAL}
+    layers = list(_shared(wanted, actual))
     if not layers:
         raise NothingToCompareError(f"nothing to compare: {bundle.name} and the model share no layer's name")
-    report = report_layers(recorder, dict(layers), manifest.precision, manifest.target)
-    # The model is called `module` in the wrapper that was traced.
-    own = tuple(replace(layer, module=layer.module.removeprefix("module").removeprefix(".")) for layer in report.layers)
-    return replace(report, layers=own, first_bad=next((layer for layer in own if not layer), None))
+    return report_layers(recorder, dict(layers), tolerance)
+
+
+def _peak(value: Array) -> float:
+    return float(np.max(np.abs(value), where=np.isfinite(value), initial=0.0))
 
 
 def _traced(bundle: Bundle, loaded: LoadedModel) -> Traced:

@@ -136,7 +136,8 @@ def test_digits_mistakes(cli, options, message, tmp_path):
 def test_dhsa_bytes(cli, tmp_path, monkeypatch):
     """As for the digits: the hour of training is not spent here."""
 
-    def train(recipe, log):
+    def train(recipe, log, *, checkpoint):
+        checkpoint.write_bytes(b"as far as it came")
         log(f"seed {recipe.seed}, {recipe.threads} threads")
         dense = {"needles": {"512": {"tasks": 4, "found": 0.75}}, "bits_per_byte": {"1024": 2.125}}
         return train_dhsa.Training(create_model("dhsa_bytes"), {"model": "dhsa_bytes", "dense": dense})
@@ -150,6 +151,7 @@ def test_dhsa_bytes(cli, tmp_path, monkeypatch):
     path = tmp_path / "dhsa_bytes.safetensors"
     assert create_model("dhsa_bytes", weights=path)
     assert json.loads(path.with_suffix(".json").read_text())["model"] == "dhsa_bytes"
+    assert not (tmp_path / train_dhsa.CHECKPOINT).exists()
     assert f"next: edgekit export dhsa_bytes --target onnx --weights {path}" in out
     code, out, _ = cli("train", "dhsa_bytes", "--out", tmp_path, "--json")
     assert json.loads(out) == {

@@ -5,6 +5,7 @@ Everything runs on the reference runtime; Apple's was never at hand.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from edgekit.export.coreml_language_graphs import state_graphs
 from edgekit.export.coreml_language_samples import StateTexts, stored_lengths
 from edgekit.export.coreml_language_weights import stays_precise
 from edgekit.export.language_samples import TextInputs
+from edgekit.export.layers_coreml import compare_function_layers
 from edgekit.export.tokenizer_info import tokenizer_of
 from edgekit.models.sparse_attention import SparseAttention
 from edgekit.runtime.bundle import Bundle
@@ -354,3 +356,22 @@ def test_what_samples_hold():
 
 def test_names_of_the_prefill_functions(bundle):
     assert prefill_sizes(bundle) == {64: "prefill_64", 80: "prefill_80"}
+
+
+class TestLayers:
+    def test_a_good_package_passes(self, bundle, decoder):
+        result = edgekit.verify(bundle, model=decoder, layers=True)
+        assert result, result.layers.first_bad
+        modules = {layer.module for layer in result.layers.layers}
+        assert {"decoder.model.layers.1.mlp.down_proj", "decoder.model.norm"} <= modules
+        assert len(result.layers.layers) > 200
+        assert any("Apple's runtime" in note for note in result.not_checked)
+
+    def test_the_layer_with_another_weight_is_named(self, bundle, decoder):
+        other = copy.deepcopy(decoder)
+        with torch.no_grad():
+            other.model.layers[1].mlp.up_proj.weight.neg_()
+        graph = next(graph for graph in state_graphs(other, CONTEXT) if graph.name == bundle.manifest.coreml.function)
+        report = compare_function_layers(bundle, graph, 0.0125)
+        assert not report
+        assert report.first_bad.module == "decoder.model.layers.1.mlp.up_proj"
