@@ -13,7 +13,7 @@ from edgekit.runtime.mil.ops.convolution import padded
 from edgekit.runtime.mil.program import STORAGE
 from edgekit.runtime.mil.registry import Array, Call, Result, axis_of, op
 
-_LARGEST = 2**31  # elements of a tensor that a graph may ask for
+_LARGEST = 2**28  # elements of a tensor that a graph may ask for: 1 GiB in fp32
 
 
 def _storage(call: Call) -> np.dtype[Any]:
@@ -23,7 +23,7 @@ def _storage(call: Call) -> np.dtype[Any]:
 
 def _checked(shape: list[int]) -> list[int]:
     if min(shape, default=0) < 0 or math.prod(shape) > _LARGEST:
-        raise InputError(f"it makes a tensor of shape {shape}, which no memory holds")
+        raise InputError(f"it makes a tensor of shape {shape}; the reference runtime makes none above 2^28 elements")
     return shape
 
 

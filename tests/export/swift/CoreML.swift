@@ -41,6 +41,7 @@ public class MLMultiArray {
     public convenience init<A: MLShapedArrayProtocol>(_ shapedArray: A) { fatalError() }
     init() {}
     public subscript(index: Int) -> NSNumber { get { fatalError() } set { fatalError() } }
+    public subscript(key: [NSNumber]) -> NSNumber { get { fatalError() } set { fatalError() } }
 }
 
 public class MLFeatureValue {
