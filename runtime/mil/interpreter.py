@@ -30,6 +30,7 @@ from edgekit.runtime.mil.program import STORAGE, MilProgram, MilValue, ValueType
 from edgekit.runtime.mil.registry import Array, Call
 
 NUMERICS = ("typed", "fp32", "fp16sum")
+_LARGEST_STATE = 2**28  # elements: 1 GiB as the interpreter keeps them
 _LONGEST_LOOP = 1_000_000  # rounds; at some microseconds per op, a damaged loop ends within the minute
 
 
@@ -123,7 +124,7 @@ class MilInterpreter:
             current = {
                 state.name: self._take(state, held[state.name], "state")
                 if state.name in held
-                else self._take(state, np.zeros(state.type.shape, np.float32), "state")
+                else self._take(state, self._zeros(state), "state")
                 for state in self.states
             }
             if unknown := held.keys() - current.keys():
@@ -136,6 +137,16 @@ class MilInterpreter:
             }
             held.update({state.name: self._give(current[state.name], state.type) for state in self.states})
         return results
+
+    def _zeros(self, state: MilValue) -> Array:
+        """The first value of a state. Raises `InputError` for a size that no state of a device has."""
+        if state.type.elements > _LARGEST_STATE:
+            raise InputError(
+                f"{self.program.path.name}: the state {state.name} is {state.type}; the reference runtime makes none "
+                "above 2^28 elements"
+            )
+        shape = tuple(size or 0 for size in state.type.shape)
+        return np.zeros(shape, np.float32)
 
     def _take(self, value: MilValue, given: Any, what: str) -> Array:
         """An input as the interpreter keeps it. Raises `InputError` where it does not fit the declared type."""

@@ -73,7 +73,8 @@ def edit(package, tmp_path) -> Callable[[Callable[[Any], None]], Path]:
 
 def run(package: Path) -> dict[str, Any]:
     made = MilInterpreter(load_program(package))
-    zeros = {v.name: np.zeros([size or 1 for size in v.type.shape], np.float32) for v in made.inputs}
+    shapes = {v.name: [size or 1 for size in v.type.shape] if v.type.elements < 10**6 else [1] for v in made.inputs}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     return made.run(zeros | ({"x": X} if "x" in zeros else {}))
 
 
@@ -211,3 +212,16 @@ def test_nothing_escapes_as_another_error(edit, monkeypatch, seeds):
         except Exception as error:
             pytest.fail(f"seed {seed}: {error!r}")
     assert 0 < results < len(seeds) / 2
+
+
+def test_a_state_that_no_device_holds(edit):
+    def change(program):
+        function = program.functions["main"]
+        state = next(value for value in function.inputs if value.name == "s").type.stateType.wrappedType.tensorType
+        state.dimensions[0].constant.size = 2**40
+        for op in function.block_specializations[function.opset].operations:
+            if op.type == "read_state":
+                op.outputs[0].type.tensorType.dimensions[0].constant.size = 2**40
+
+    with pytest.raises(InputError, match=r"the state s is .*none above 2\^28 elements"):
+        run(edit(change))
